@@ -1,0 +1,53 @@
+"""hivi: hierarchical variational inference on JAX."""
+
+from hivi._bounds import Elbo, ImportanceWeighted
+from hivi._errors import FamilyError, FitError, HiviError, LoadError, TargetError
+from hivi._estimators.auto import Auto
+from hivi._estimators.differences import Difference, LocalExpectation
+from hivi._estimators.pathwise import Pathwise
+from hivi._estimators.score import Score
+from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
+from hivi._families.flow import Flow
+from hivi._families.full_rank import FullRank
+from hivi._families.hierarchical import Hierarchical
+from hivi._families.mean_field import MeanField
+from hivi._families.mixture import Mixture
+from hivi._fit.loop import fit
+from hivi._fit.result import Estimate, Fit, load
+from hivi._space import Latent
+from hivi._target.base import Target, explain
+from hivi._target.log_joint import from_log_joint
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Auto",
+    "Component",
+    "Difference",
+    "Elbo",
+    "Estimate",
+    "FamilyError",
+    "Fit",
+    "FitError",
+    "Flow",
+    "FullRank",
+    "Hierarchical",
+    "HiviError",
+    "ImportanceWeighted",
+    "InverseFlow",
+    "Latent",
+    "Linearised",
+    "LoadError",
+    "LocalExpectation",
+    "MeanField",
+    "Mixture",
+    "Pathwise",
+    "Score",
+    "SemiImplicit",
+    "Target",
+    "TargetError",
+    "explain",
+    "fit",
+    "from_log_joint",
+    "load",
+]

@@ -1,0 +1,115 @@
+"""Bounds on log p(x): functions of the log-weights `log_p - log_q` of properly weighted draws.
+
+A bound also says by how much it changes when one log-weight changes (`increment`): that one function turns local
+signals and differences into gradients for discrete latents (eq. 8/11), for every bound.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from hivi._errors import FitError, message
+
+Weights = Float[Array, "samples outer branches"]
+
+
+class AbstractBound(eqx.Module):
+    """A lower bound on log p(x), in nats, estimated from `outer` stratified draws."""
+
+    inner: eqx.AbstractVar[int]
+
+    @property
+    @abc.abstractmethod
+    def draws(self) -> int:
+        """Number of draws that one estimate takes."""
+
+    @abc.abstractmethod
+    def value(self, log_w: Weights, log_pi: Float[Array, " branches"]) -> Float[Array, " samples"]:
+        """One unbiased estimate of the bound per sample.
+
+        Args:
+            log_w: log p(x, z) - log q(z) of every draw, shape (samples, outer, branches).
+            log_pi: log-probabilities of the stratified branches, shape (branches,).
+        """
+
+    @abc.abstractmethod
+    def increment(self, log_w: Weights, log_pi: Array, change: Array) -> Array:
+        """Change of `value` when one draw's log-weight changes by `change` (samples, outer, branches, ...)."""
+
+
+class Elbo(AbstractBound):
+    """The evidence lower bound `E[log p(x,z) - log q(z)]`: eq. 1, and for a hierarchical family eq. 5.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Elbo().draws
+        1
+    """
+
+    inner: int = 0
+
+    def __check_init__(self) -> None:
+        _check("Elbo(inner=...)", self.inner, 0)
+
+    @property
+    def draws(self) -> int:
+        return 1
+
+    def value(self, log_w: Weights, log_pi: Array) -> Array:
+        return jnp.sum(jnp.exp(log_pi) * log_w, -1)[:, 0]
+
+    def increment(self, log_w: Weights, log_pi: Array, change: Array) -> Array:
+        return jnp.exp(log_pi).reshape((-1,) + (1,) * (change.ndim - 3)) * change
+
+
+class ImportanceWeighted(AbstractBound):
+    """Multi-sample bound `E[log 1/M sum_m p(x,z_m)/q(z_m)]` with a tighter `log q` for hierarchical families.
+
+    Args:
+        outer: M, importance samples of z (Burda et al. 2016); at least 1.
+        inner: K, extra draws lambda ~ r(lambda|z) in log q (Sobolev & Vetrov 2019); 0 is eq. 5, and with the prior itself as
+            auxiliary this is semi-implicit inference (Yin & Zhou 2018). Has no effect on families with exact density.
+
+    With stratified branches the draws of all branches enter the mean with their weights (Morningstar et al. 2021).
+
+    Example:
+        >>> import hivi
+        >>> hivi.ImportanceWeighted(outer=1, inner=8)
+        ImportanceWeighted(outer=1, inner=8)
+    """
+
+    outer: int = 1
+    inner: int = 0
+
+    def __check_init__(self) -> None:
+        _check("ImportanceWeighted(outer=...)", self.outer, 1)
+        _check("ImportanceWeighted(inner=...)", self.inner, 0)
+
+    @property
+    def draws(self) -> int:
+        return self.outer
+
+    def value(self, log_w: Weights, log_pi: Array) -> Array:
+        if self.outer == 1 and log_pi.shape[0] == 1:
+            return log_w[:, 0, 0]
+        return logsumexp(log_w + log_pi, axis=(1, 2)) - jnp.log(self.outer)
+
+    def increment(self, log_w: Weights, log_pi: Array, change: Array) -> Array:
+        share = jax.nn.softmax((log_w + log_pi).reshape(log_w.shape[0], -1)).reshape(log_w.shape)
+        share = share.reshape(share.shape + (1,) * (change.ndim - 3))
+        if self.outer == 1 and log_pi.shape[0] == 1:
+            return change
+        # log(1 + share (e^change - 1)), with no overflow for a large change and no loss for a small one.
+        big = jnp.logaddexp(jnp.log1p(-jnp.minimum(share, 1 - 1e-7)), jnp.log(share + 1e-38) + change)
+        return jnp.where(jnp.abs(change) < 10, jnp.log1p(share * jnp.expm1(jnp.clip(change, -10, 10))), big)
+
+
+def _check(where: str, found: int, least: int) -> None:
+    if not isinstance(found, int) or found < least:
+        raise FitError(message(where, repr(found), f"an integer, at least {least}", "correct the number"))

@@ -1,0 +1,28 @@
+"""Errors of hivi: each names the site, what was found, what was expected, and the cure."""
+
+from __future__ import annotations
+
+
+class HiviError(Exception):
+    """Base class of every error that hivi raises on purpose."""
+
+
+class TargetError(HiviError, ValueError):
+    """The model or log-joint cannot be used as it is."""
+
+
+class FamilyError(HiviError, ValueError):
+    """The variational family does not fit the target, or was asked for something it lacks."""
+
+
+class FitError(HiviError, RuntimeError):
+    """The optimisation failed, and automatic recovery did not help."""
+
+
+class LoadError(HiviError, ValueError):
+    """A saved run cannot be read."""
+
+
+def message(where: str, found: str, expected: str, cure: str) -> str:
+    """Format the four parts of an error: where, found, expected, cure."""
+    return f"{where}: found {found}; expected {expected}. Cure: {cure}"

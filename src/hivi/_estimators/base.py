@@ -1,0 +1,131 @@
+"""Gradient strategies: one per site, each adds its own surrogate, whose gradient is its share of eq. 8/11."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hivi._bounds import AbstractBound
+from hivi._errors import FitError, message
+from hivi._factored import Factored
+from hivi._families.base import AbstractProposal, Conditional
+from hivi._space import Latents, Site
+from hivi._target.base import Target
+from hivi._tree import PyTree
+
+Increment = Callable[[Array], Array]
+"""Change of one draw's log-weight (samples, outer, branches, ...) -> change of the bound, same shape."""
+
+
+class Evaluation(NamedTuple):
+    """One draw, evaluated: what a strategy may look at."""
+
+    z: Latents
+    terms: tuple[list[Array], list[Array]]
+    parts: tuple[tuple[Factored, tuple[PyTree, ...]], tuple[Factored, tuple[PyTree, ...]]]
+    signs: tuple[float, float] = (1.0, -1.0)
+
+    def signal(self, site: str) -> Array:
+        """f_i of eq. 8/11: the terms of log p, log r and log q that touch each coordinate of a site."""
+        shape = self.z[site].shape
+        return sum(
+            sign * part.signal(site, shape, terms)
+            for sign, terms, (part, _) in zip(self.signs, self.terms, self.parts, strict=True)
+            if site in part.program.sites
+        )
+
+    def differences(self, site: str, moved: Array) -> Array:
+        """Change of log p - log q when one coordinate moves, (moves, *site shape)."""
+        return sum(
+            sign * part.differences(site, moved, self.z, *rest)
+            for sign, (part, rest) in zip(self.signs, self.parts, strict=True)
+            if site in part.program.sites
+        )
+
+
+class AbstractStrategy(eqx.Module):
+    """How the gradient passes through the draws of one site."""
+
+    detached: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
+        """Why this strategy cannot serve a site, or None if it can."""
+
+    @abc.abstractmethod
+    def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
+        """What one draw contributes, as arrays; values fixed, only q(z|lambda) differentiable."""
+
+    @abc.abstractmethod
+    def surrogate(self, measured: PyTree, increment: Increment) -> Array:
+        """Scalar per sample whose gradient is this site's score term; leading axes (samples, outer, branches)."""
+
+
+class AbstractEstimator(eqx.Module):
+    """Assigns a strategy to every site."""
+
+    @abc.abstractmethod
+    def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
+        """Site -> strategy.
+
+        Raises:
+            FitError: a site that no permitted strategy can serve.
+        """
+
+
+class Fixed(AbstractEstimator):
+    """The strategies that a user named: one for all sites where it is eligible, or a dict by site.
+
+    A site that the named strategy cannot serve (a continuous one under `LocalExpectation`) takes the pathwise gradient if
+    it is continuous; otherwise it is refused.
+    """
+
+    strategies: Any = eqx.field(static=True)
+    otherwise: Any = eqx.field(static=True)
+
+    def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
+        conditionals = abstract_conditionals(proposal)
+        named = self.strategies if isinstance(self.strategies, Mapping) else None
+        out = {}
+        for site in target.sites:
+            strategy = self.strategies if named is None else named.get(site.name, self.otherwise)
+            reason = strategy.refusal(site, conditionals.get(site.name))
+            if reason and not site.discrete and named is None:
+                strategy, reason = self.otherwise, None
+            if reason:
+                raise FitError(
+                    message(
+                        f"site {site.name!r}",
+                        f"the estimator {type(strategy).__name__}(): {reason}",
+                        "a strategy that can serve it",
+                        "use estimator=hivi.Auto()",
+                    )
+                )
+            out[site.name] = strategy
+        return out
+
+
+def abstract_conditionals(proposal: AbstractProposal) -> dict[str, Conditional]:
+    """q(z|lambda) of every site, with shapes instead of arrays."""
+    arrays, static = eqx.partition(proposal, eqx.is_array)
+
+    def find(a: PyTree) -> dict[str, Array]:
+        p = eqx.combine(a, static)
+        _, context = p.propose(jax.random.key(0))
+        found.update({n: c.likelihood for n, c in p.conditionals(context).items()})
+        return {n: c.lam for n, c in p.conditionals(context).items()}
+
+    found: dict[str, Any] = {}
+    lam = jax.eval_shape(find, arrays)
+    return {n: Conditional(found[n], lam[n]) for n in lam}
+
+
+def zeros(z: Array) -> Array:
+    """A float zero of the same shape."""
+    return jnp.zeros(z.shape)

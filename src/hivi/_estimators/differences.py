@@ -1,0 +1,70 @@
+"""Exact local expectations: finite supports by summing (Titsias & Lazaro-Gredilla 2015), counts by a difference identity."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
+from hivi._families.base import Conditional
+from hivi._space import Site
+from hivi._tree import PyTree
+
+
+class LocalExpectation(AbstractStrategy):
+    """Sum over every value of z_i with the other latents as drawn: no noise from z_i itself.
+
+    `grad E[f] = sum_v grad q(v|lambda_i) E[f(z_i=v) - f(z)]`. The cost is (values - 1) x (colours of the site), not the
+    number of coordinates: coordinates that share no factor move together.
+    """
+
+    detached: ClassVar[bool] = True
+
+    def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
+        if conditional is None:
+            return "its coordinates are not independent given the family's context"
+        return None if site.values.kind == "finite" else f"its support is not finite ({site.values.kind})"
+
+    def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
+        return _measure(site, conditional, evaluation)
+
+    def surrogate(self, measured: PyTree, increment: Increment) -> Array:
+        return _surrogate(measured, increment)
+
+
+class Difference(AbstractStrategy):
+    """Difference identity for counts: `d/dmu E f = E[f(z+1) - f(z)]` for Poisson, and its binomial relative.
+
+    Holds for any function and any support, without truncation; one evaluation per colour of the site.
+    """
+
+    detached: ClassVar[bool] = True
+
+    def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
+        if conditional is None:
+            return "its coordinates are not independent given the family's context"
+        kind = site.values.kind
+        return None if kind in ("count", "binomial") else f"it is not a count ({kind})"
+
+    def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
+        return _measure(site, conditional, evaluation)
+
+    def surrogate(self, measured: PyTree, increment: Increment) -> Array:
+        return _surrogate(measured, increment)
+
+
+def _measure(site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
+    z = evaluation.z[site]
+    moved = conditional.likelihood.moves(z)
+    return conditional.likelihood.move_weights(conditional.lam, z), evaluation.differences(site, moved)
+
+
+def _surrogate(measured: PyTree, increment: Increment) -> Array:
+    weights, change = measured
+    # A move whose weight is exactly zero cannot matter, even to an impossible value (0 times -inf).
+    gain = increment(jax.lax.stop_gradient(change))
+    safe = jnp.where((weights == 0) & ~jnp.isfinite(gain), 0.0, gain)
+    return jnp.sum(weights * jax.lax.stop_gradient(safe))

@@ -1,0 +1,136 @@
+"""Eq. 8, 11 and 12 through one surrogate: its value is the bound, its gradient the estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hivi._bounds import AbstractBound
+from hivi._estimators.base import AbstractStrategy, Evaluation
+from hivi._factored import factorise
+from hivi._families.base import AbstractProposal
+from hivi._target.base import Rows, Target
+from hivi._tree import Key, PyTree, value_zero
+
+Strategies = Mapping[str, AbstractStrategy]
+
+
+class Estimated(NamedTuple):
+    """Estimates of the bound at one step, one per sample, in nats."""
+
+    bound: Float[Array, " samples"]
+
+
+def surrogate(
+    proposal: AbstractProposal,
+    target: Target,
+    strategies: Strategies,
+    bound: AbstractBound,
+    key: Key,
+    samples: int,
+    shard: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Float[Array, ""], Estimated]:
+    """Mean bound over samples; differentiate it with respect to the proposal for the gradient estimate.
+
+    Args:
+        proposal: theta and phi.
+        target: log p.
+        strategies: one per site.
+        bound: which bound.
+        key: randomness of the minibatch and of the draws.
+        samples: number of independent estimates of the bound.
+        shard: places an array with a leading samples axis on devices.
+    """
+    k_rows, k_draws = jax.random.split(key)
+    rows = target.minibatch(k_rows)
+    local = proposal.gather(rows)
+    branches, log_pi = local.branches, local.log_weights()
+    keys = shard(jax.random.split(k_draws, (samples, bound.draws, branches)))
+
+    def one(k: Key, branch: Array) -> tuple[Array, PyTree, Array]:
+        return _draw(local, target, strategies, bound.inner, k, branch, rows)
+
+    over_branches = jax.vmap(one, in_axes=(0, 0))
+    over_all = jax.vmap(jax.vmap(over_branches, (0, None)), (0, None))
+    log_w, measured, cancel = over_all(keys, jnp.arange(branches))
+    values = bound.value(log_w, log_pi)
+    fixed_w, fixed_pi = jax.lax.stop_gradient((log_w, log_pi))
+
+    def increment(change: Array) -> Array:
+        # Moves are the first axis after (samples, outer, branches) where there are any; all are changes of one draw.
+        return bound.increment(fixed_w, fixed_pi, change)
+
+    extra = sum((strategies[name].surrogate(m, increment) for name, m in measured.items()), jnp.zeros(()))
+    # E[grad log q(z|lambda)] = 0 with a constant weight: this cancels the pathwise score of detached draws.
+    weight = jnp.exp(fixed_pi) * local.score_weight(bound.inner) / bound.draws
+    extra = extra + jnp.sum(weight * cancel)
+    return jnp.mean(values) + value_zero(extra) / samples, Estimated(jax.lax.stop_gradient(values))
+
+
+def _draw(
+    proposal: AbstractProposal,
+    target: Target,
+    strategies: Strategies,
+    inner: int,
+    key: Key,
+    branch: Array,
+    rows: Rows,
+) -> tuple[Array, PyTree, Array]:
+    """Log-weight of one draw, what its strategies measured, and the log q(z|lambda) of detached sites."""
+    k_draw, k_inner = jax.random.split(key)
+    z, context = proposal.propose(k_draw, branch)
+    detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
+    z = {**z, **detached}
+    p_terms = target.terms(z, rows)
+    log_p = target.factored.total(p_terms)
+    scales = proposal.scales()
+    if not detached:
+        terms = proposal.log_q(z, context, k_inner, inner)
+        total = sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
+        return log_p - total, {}, jnp.zeros(())
+
+    def log_q(free: Mapping[str, Array]) -> dict[str, Array]:
+        return proposal.log_q({**z, **free}, context, k_inner, inner)
+
+    factored = factorise(log_q, detached, scales=scales)
+    q_terms = factored.terms(detached)
+    frozen = [jax.lax.stop_gradient(t) for t in p_terms], [jax.lax.stop_gradient(t) for t in q_terms]
+    fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, factored)
+    evaluation = Evaluation(
+        jax.lax.stop_gradient(z), frozen, ((target.factored, (target.data, rows)), (fixed, ()))
+    )
+    conditionals = proposal.conditionals(context)
+    measured = {n: strategies[n].measure(n, conditionals[n], evaluation) for n in detached}
+    cancel = sum(
+        (_scale(target, n) * jnp.sum(c.likelihood.log_prob(c.lam, z[n])) for n, c in conditionals.items() if n in detached),
+        jnp.zeros(()),
+    )
+    return log_p - factored.total(q_terms), measured, cancel
+
+
+def _scale(target: Target, name: str) -> float:
+    return target.site(name).scale
+
+
+def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key) -> Float[Array, ""]:
+    """One estimate of the bound, for evaluation only."""
+    k_rows, k_draws = jax.random.split(key)
+    rows = target.minibatch(k_rows)
+    local = proposal.gather(rows)
+    scales = local.scales()
+
+    def one(k: Key, branch: Array) -> Array:
+        k_draw, k_inner = jax.random.split(k)
+        z, context = local.propose(k_draw, branch)
+        terms = local.log_q(z, context, k_inner, bound.inner)
+        total = sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
+        return target.log_joint(z, rows) - total
+
+    keys = jax.random.split(k_draws, (bound.draws, local.branches))
+    log_w = jax.vmap(jax.vmap(one), (0, None))(keys, jnp.arange(local.branches))
+    return bound.value(log_w[None], local.log_weights())[0]

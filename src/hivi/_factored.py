@@ -1,0 +1,238 @@
+"""A log-density as a sum of local factors: evaluation, local signals, and cheap differences.
+
+`factorise` traces a function once, peels its final sums and reads off which latent coordinates each
+element of each term touches. The terms of log p and of log r, log q go through the same code, so that the
+local signal f_i of eq. 8/11 (only the terms that touch z_i) has one definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jaxtyping import Array
+
+from hivi import _jaxprs
+from hivi._errors import TargetError, message
+from hivi._locality.axes import scopes
+from hivi._locality.base import Factor, Loss
+from hivi._locality.colour import colours
+from hivi._locality.peel import peel
+from hivi._locality.place import place
+from hivi._space import Latents
+from hivi._tree import PyTree
+
+UNROLL = 4
+"""Up to this many evaluations of a difference are written out; more run in a compiled loop."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The static half of a factorised function. Equal programs are equal and hash alike, whatever made them.
+
+    Attributes:
+        jaxpr: open jaxpr: constants, then latents, then the leaves of the other arguments -> factor arrays.
+        sites: the latents, in the order of the jaxpr's inputs.
+        factors: one per output.
+        losses: where locality was given up.
+        key: fingerprint that decides equality.
+    """
+
+    jaxpr: jex.Jaxpr
+    sites: tuple[str, ...]
+    factors: tuple[Factor, ...]
+    losses: tuple[Loss, ...]
+    key: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.key == other.key and self.factors == other.factors
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.sites))
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019  programs are few, and equal ones share an entry
+    def restrict(self, keep: tuple[int, ...]) -> tuple[Program, tuple[bool, ...]]:
+        """The program of some factors only, and which inputs it still needs."""
+        wanted = [k in keep for k in range(len(self.factors))]
+        jaxpr, used = _jaxprs.prune(self.jaxpr, wanted)
+        factors = tuple(self.factors[k] for k in keep)
+        return Program(jaxpr, self.sites, factors, (), f"{self.key}{keep}"), tuple(used)
+
+    def touching(self, site: str) -> tuple[int, ...]:
+        """Numbers of the factors that depend on a site."""
+        return tuple(k for k, f in enumerate(self.factors) if f.maps(site))
+
+
+Difference = Callable[..., Array]
+"""Closed form of a factor's differences: (z, moved value of the site, *other arguments) -> array of the site's shape."""
+
+
+class Factored(eqx.Module):
+    """A function of the latents (and other arguments) that is a sum of local factor arrays.
+
+    Attributes:
+        program: the traced structure; static.
+        consts: arrays that the function had captured; arguments of every compiled use.
+        overrides: triples (term name, site, closed form of the whole term's differences, scale included).
+    """
+
+    program: Program = eqx.field(static=True)
+    consts: tuple[Any, ...]
+    overrides: tuple[tuple[str, str, Difference], ...] = eqx.field(static=True, default=())
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors, in the order of `terms`."""
+        return self.program.factors
+
+    def _inputs(self, z: Mapping[str, Array], rest: Sequence[PyTree]) -> list[Any]:
+        return [*self.consts, *(z[s] for s in self.program.sites), *jax.tree.leaves(rest)]
+
+    def terms(self, z: Mapping[str, Array], *rest: PyTree) -> list[Array]:
+        """The factor arrays, unweighted and before their sums."""
+        return _jaxprs.evaluate(self.program.jaxpr, self._inputs(z, rest))
+
+    def total(self, terms: Sequence[Array]) -> Array:
+        """The log-density: the weighted sum of all factor arrays; a scalar."""
+        sums = [f.weight * jnp.sum(a) for f, a in zip(self.factors, terms, strict=True)]
+        return functools.reduce(jnp.add, sums, jnp.zeros(()))
+
+    def signal(self, site: str, shape: tuple[int, ...], terms: Sequence[Array]) -> Array:
+        """Local signal f_i of eq. 8/11: for every coordinate, the sum of the terms that touch it."""
+        out = jnp.zeros(shape)
+        for factor, array in zip(self.factors, terms, strict=True):
+            if factor.maps(site):
+                out = out + factor.weight * place(array, factor, site, shape)
+        return out
+
+    def differences(self, site: str, moved: Array, z: Latents, *rest: PyTree) -> Array:
+        """Change of the log-density when one coordinate moves, for every coordinate at once.
+
+        Coordinates that share no factor element move together, so the number of evaluations is the number
+        of colours, not of coordinates; only factors that touch the site are evaluated. Differences are taken
+        element by element before any sum, which keeps them exact in float32.
+
+        Args:
+            site: the site that moves.
+            moved: its new values, shape (moves, *site shape): move m takes coordinate i to `moved[m, i]`.
+            z: the current latents.
+            *rest: the other arguments.
+
+        Returns:
+            Array (moves, *site shape): `f(z with z_i = moved[m, i]) - f(z)`.
+        """
+        closed = {name: rule for name, owner, rule in self.overrides if owner == site}
+        keep = [k for k in self.program.touching(site) if self.factors[k].name not in closed]
+        out = jnp.zeros(moved.shape)
+        for rule in closed.values():
+            out = out + jax.vmap(lambda value, rule=rule: rule(z, value, *rest))(moved)
+        if not keep or moved.size == 0:
+            return out
+        program, used = self.program.restrict(tuple(keep))
+        inputs = self._inputs(z, rest)
+        position = len(self.consts) + self.program.sites.index(site)
+        before = _run(program, used, inputs)
+        palette = colours(program.factors, site, moved.shape[1:])
+        counts = [int(c.max(initial=-1)) + 1 for c in palette]
+
+        def one(value: Array, colour: Array) -> Array:
+            mask = _mask(palette, counts, colour)
+            after = _run(program, used, [*inputs[:position], jnp.where(mask, value, z[site]), *inputs[position + 1 :]])
+            change = jnp.zeros(mask.shape)
+            for factor, old, new in zip(program.factors, before, after, strict=True):
+                change = change + factor.weight * place(new - old, factor, site, mask.shape)
+            return jnp.where(mask, change, 0.0)
+
+        total = math.prod(counts)
+        if total * len(moved) <= UNROLL:
+            parts = [sum(one(value, jnp.array(c)) for c in range(total)) for value in moved]
+            return out + jnp.stack(parts)
+        return out + jax.lax.map(lambda value: _sum_colours(one, value, total), moved)
+
+
+def _sum_colours(one: Callable[[Array, Array], Array], value: Array, total: int) -> Array:
+    if total == 1:
+        return one(value, jnp.array(0))
+
+    def body(colour: Array, acc: Array) -> Array:
+        return acc + one(value, colour)
+
+    return jax.lax.fori_loop(0, total, body, jnp.zeros(value.shape))
+
+
+def _run(program: Program, used: Sequence[bool], inputs: Sequence[Any]) -> list[Array]:
+    return _jaxprs.evaluate(program.jaxpr, [x for x, u in zip(inputs, used, strict=True) if u])
+
+
+def _mask(palette: Sequence[np.ndarray], counts: Sequence[int], colour: Array) -> Array:
+    """Which coordinates have this colour; built from the per-axis colours, never stored for all colours."""
+    shape = tuple(len(c) for c in palette)
+    mask = jnp.ones(shape, bool)
+    for axis in reversed(range(len(shape))):
+        own = jnp.asarray(palette[axis]) == colour % counts[axis]
+        colour = colour // counts[axis]
+        mask &= jnp.expand_dims(own, [k for k in range(len(shape)) if k != axis])
+    return mask
+
+
+def factorise(
+    fn: Callable[..., Mapping[str, Array]],
+    z: Mapping[str, Any],
+    *rest: PyTree,
+    scales: Mapping[str, float] | None = None,
+    overrides: Mapping[tuple[str, str], Difference] | None = None,
+) -> Factored:
+    """Trace `fn(z, *rest)` once and split it into local factors.
+
+    Args:
+        fn: returns a dict from term name to array; the log-density is the sum of everything in it.
+        z: example latents (arrays or shapes), site name -> value.
+        *rest: example values of the other arguments (data, minibatch indices, parameters).
+        scales: term name -> number that multiplies it (the plate scale N/B times any user scale).
+        overrides: (term name, site) -> closed form of the change of the whole (scaled) term.
+
+    Raises:
+        TargetError: a term is not a real number.
+    """
+    sites = tuple(sorted(z))
+    leaves, treedef = jax.tree.flatten(rest)
+    names: list[str] = []
+
+    def flat(*args: Any) -> list[Array]:
+        terms = fn(dict(zip(sites, args, strict=False)), *jax.tree.unflatten(treedef, args[len(sites) :]))
+        names.extend(terms)
+        return [_real(name, value) for name, value in terms.items()]
+
+    jaxpr, consts, _ = _jaxprs.trace(flat, *(z[s] for s in sites), *leaves)
+    jaxpr = _jaxprs.inline(jaxpr)
+    parts = peel(jaxpr)
+    jaxpr = _jaxprs.rebuild(jaxpr, outvars=[t.var for t in parts])
+    seeds = [None] * len(consts) + list(sites) + [None] * len(leaves)
+    found, losses = scopes(jaxpr, seeds)
+    scales = scales or {}
+    factors = tuple(
+        Factor(
+            name=names[t.output],
+            shape=tuple(np.shape(t.var.val) if isinstance(t.var, jex.Literal) else t.var.aval.shape),
+            weight=t.weight * scales.get(names[t.output], 1.0),
+            scope=tuple(sorted((s, m) for s, m in scope.items() if m)),
+        )
+        for t, scope in zip(parts, found, strict=True)
+    )
+    program = Program(jaxpr, sites, factors, tuple(losses), _jaxprs.fingerprint(jaxpr))
+    return Factored(program, tuple(consts), tuple((*key, rule) for key, rule in (overrides or {}).items()))
+
+
+def _real(name: str, value: Any) -> Array:
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TargetError(message(f"term {name!r}", "complex numbers", "a real log-density", "take the real part"))
+    return value.astype(jnp.result_type(float)) if not jnp.issubdtype(value.dtype, jnp.floating) else value

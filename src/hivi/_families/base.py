@@ -1,0 +1,225 @@
+"""The contract of a variational family: a properly weighted proposal.
+
+A family (a small configuration such as `MeanField()`) is built for the sites of a target into a *proposal*: the
+parameters theta and phi, and how to draw from them. A proposal promises a draw `z` and a number `log_q` with
+
+    E[g(z) exp(-log_q)] = integral of g          (proper weighting)
+
+not a density. Every bound then follows from `log_p - log_q` by Jensen's inequality.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from hivi._errors import FamilyError, message
+from hivi._likelihood import AbstractLikelihood
+from hivi._space import Latents, Site
+from hivi._tree import Key, PyTree
+
+
+class Conditional(NamedTuple):
+    """q(z_i | lambda_i) of one site at one draw of lambda: what score and difference gradients need."""
+
+    likelihood: AbstractLikelihood
+    lam: Array
+
+
+class AbstractProposal(eqx.Module):
+    """A built family: its arrays are theta and phi, everything else is static."""
+
+    sites: eqx.AbstractVar[tuple[Site, ...]]
+
+    @abc.abstractmethod
+    def propose(self, key: Key, branch: Int[Array, ""] | int = 0) -> tuple[Latents, PyTree]:
+        """One draw of all sites, and the context (lambda, base noise) that produced it.
+
+        Reparameterised values carry gradients; discrete values are integers. `branch` selects the mixture
+        component: branches are *stratified*, each is drawn from every time and weighted by `log_weights`.
+        """
+
+    @abc.abstractmethod
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        """Terms whose total is the `log_q` of a draw that `propose` made, as arrays before their sums.
+
+        Args:
+            z: the draw (discrete values may have moved: local expectations evaluate there too).
+            context: what `propose` returned with it.
+            key: randomness of the `inner` extra draws of lambda, the same for moved values.
+            inner: number K of extra draws of lambda from r(lambda|z) (Sobolev & Vetrov 2019); 0 is eq. 5.
+        """
+
+    @abc.abstractmethod
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        """Log of an unbiased estimate of the density q(z) at any z; exact where the family has it."""
+
+    def conditionals(self, context: PyTree) -> dict[str, Conditional]:
+        """q(z_i | lambda_i) of every site whose coordinates are independent given the context."""
+        return {}
+
+    def gather(self, rows: dict[str, Array]) -> AbstractProposal:
+        """The proposal for one minibatch: `rows` holds the row numbers of every subsampled plate."""
+        return self
+
+    def scales(self) -> dict[str, float]:
+        """Name of a term of `log_q` -> its plate scale N/B, where that is not 1."""
+        return {}
+
+    def parameters(self) -> dict[str, Array]:
+        """Site -> lambda, where lambda is a parameter (mean-field); empty otherwise."""
+        return {}
+
+    @property
+    def factorised(self) -> bool:
+        """Whether the coordinates of the value are independent."""
+        return False
+
+    @property
+    def branches(self) -> int:
+        """Number of stratified components."""
+        return 1
+
+    def log_weights(self) -> Float[Array, " branches"]:
+        """Log-probabilities of the branches."""
+        return jnp.zeros(1)
+
+    def score_weight(self, inner: int) -> float:
+        """Share of `log q(z|lambda)` in `log_q`, whose pathwise score has mean zero and is cancelled."""
+        return 1.0
+
+    def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
+        """Reference coordinates in which an auxiliary over these (continuous) sites works best: standardised.
+
+        `context` is what `propose` returned with the value, or None for a value from elsewhere.
+        """
+        location, scale = self.affine()
+        flat = Layout(self.sites).flatten(value)
+        return Coordinates((flat - location) / scale, -jnp.sum(jnp.log(scale)))
+
+    def from_coordinates(self, base: Float[Array, " dim"]) -> tuple[Latents, Array]:
+        """Inverse of `coordinates`: the value, and log |d value / d base|."""
+        location, scale = self.affine()
+        return Layout(self.sites).unflatten(location + scale * base), jnp.sum(jnp.log(scale))
+
+    def affine(self) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
+        """Location of the value at base 0, and the scale of each of its coordinates there."""
+        raise FamilyError(_not_a_prior(self))
+
+    def components(self) -> Components:
+        """The Gaussian components, for a mixture prior over lambda."""
+        raise FamilyError(
+            message(
+                "Hierarchical(auxiliary=Component())",
+                f"the prior {type(self).__name__}",
+                "a mixture prior",
+                "use prior=Mixture(components=...), or another auxiliary such as InverseFlow()",
+            )
+        )
+
+    def recentre(self, location: Float[Array, " dim"], scale: Float[Array, " dim"]) -> AbstractProposal:
+        """The same proposal moved to a location and scale of its (flat, continuous) value: a start for a prior."""
+        raise FamilyError(_not_a_prior(self))
+
+
+def _not_a_prior(proposal: AbstractProposal) -> str:
+    return message(
+        "Hierarchical(prior=...)",
+        type(proposal).__name__,
+        "a continuous family over lambda",
+        "use Flow(), FullRank(), Mixture(), MeanField() or another Hierarchical()",
+    )
+
+
+class Components(NamedTuple):
+    """A mixture of axis-aligned Gaussians over a flat vector."""
+
+    log_weights: Float[Array, " components"]
+    location: Float[Array, "components dim"]
+    scale: Float[Array, "components dim"]
+
+
+class Coordinates(NamedTuple):
+    """A point in a proposal's reference coordinates, with log |d base / d value|."""
+
+    base: Float[Array, " dim"]
+    log_det: Float[Array, ""]
+
+
+class AbstractFamily(eqx.Module):
+    """Configuration of a family; `build` makes its parameters for given sites."""
+
+    @abc.abstractmethod
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        """Initial proposal over global sites (and, for families that say so, local ones).
+
+        Raises:
+            FamilyError: the family cannot represent one of the sites.
+        """
+
+    def native_plates(self) -> bool:
+        """Whether `build` accepts sites of a subsampled plate; otherwise it is built row by row."""
+        return False
+
+
+class Layout(NamedTuple):
+    """How the values of several real sites lie in one flat vector."""
+
+    sites: tuple[Site, ...]
+
+    @property
+    def dim(self) -> int:
+        """Length of the flat vector."""
+        return sum(size_of(s.batch_shape) for s in self.sites)
+
+    def flatten(self, z: Latents) -> Float[Array, " dim"]:
+        """Concatenate the sites' values."""
+        return jnp.concatenate([jnp.ravel(z[s.name]) for s in self.sites])
+
+    def unflatten(self, flat: Float[Array, " dim"]) -> Latents:
+        """Split a flat vector into the sites' values."""
+        out, start = {}, 0
+        for s in self.sites:
+            stop = start + size_of(s.batch_shape)
+            out[s.name] = flat[start:stop].reshape(s.batch_shape)
+            start = stop
+        return out
+
+
+def size_of(shape: Sequence[int]) -> int:
+    """Number of elements."""
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def require_real(family: str, sites: Sequence[Site]) -> None:
+    """Refuse discrete sites.
+
+    Raises:
+        FamilyError: naming the first discrete site.
+    """
+    for s in sites:
+        if s.discrete:
+            raise FamilyError(
+                message(
+                    f"{family} at site {s.name!r}",
+                    f"a discrete site ({s.values.kind})",
+                    "continuous sites only",
+                    "use Hierarchical(), MeanField() or Mixture() for it, for example "
+                    f"family={{{s.name!r}: hivi.Hierarchical(), ...}}",
+                )
+            )
+
+
+def batched(proposal: AbstractProposal, fn: Callable[..., Any], *args: Any) -> Any:
+    """`jax.vmap` of `fn(proposal, *args)` over rows stacked in the proposal's arrays."""
+    arrays, static = eqx.partition(proposal, eqx.is_array)
+    return jax.vmap(lambda a, *rest: fn(eqx.combine(a, static), *rest))(arrays, *args)

@@ -1,0 +1,82 @@
+"""Normalizing flow over continuous sites (Rezende & Mohamed 2015), or over lambda as a variational prior."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from flowjax.bijections import AbstractBijection
+from jaxtyping import Array, Float
+from numpyro.distributions import Normal
+
+from hivi._bijections import backward, forward, near_identity
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
+from hivi._space import Latents, Site
+from hivi._tree import Key, PyTree
+
+
+class Flow(AbstractFamily):
+    """z = location + scale * g(epsilon), epsilon ~ N(0, I), g a normalizing flow that starts at the identity.
+
+    Args:
+        layers: flow length K, at least 1; the cost of a draw is O(K D) for planar flows.
+        kind: "planar", "coupling", "maf" or "spline" (see FlowJAX).
+        scale: standard deviation at the start, before any fit.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Flow(layers=2, kind="planar")
+        Flow(layers=2, kind='planar', scale=0.1)
+    """
+
+    layers: int = 8
+    kind: str = "planar"
+    scale: float = 0.1
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        require_real("Flow", sites)
+        dim = Layout(sites).dim
+        k1, k2 = jax.random.split(key)
+        bijection = near_identity(self.kind, dim, self.layers, k1)
+        location = 0.01 * jax.random.normal(k2, (dim,))
+        return FlowProposal(sites, location, jnp.full(dim, jnp.log(self.scale)), bijection)
+
+
+class FlowProposal(AbstractProposal):
+    """Parameters of a flow: location and log scale, shape (D,), and a FlowJAX bijection."""
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    location: Float[Array, " dim"]
+    log_scale: Float[Array, " dim"]
+    bijection: AbstractBijection
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        base = jax.random.normal(key, self.location.shape)
+        value, log_det = self.from_coordinates(base)
+        return value, (base, log_det)
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        base, log_det = context
+        return {"q(base)": Normal(0.0, 1.0).log_prob(base), "q(log det)": -log_det}
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        point = self.coordinates(z, None)
+        return jnp.sum(Normal(0.0, 1.0).log_prob(point.base)) + point.log_det
+
+    def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
+        if context is not None:
+            return Coordinates(context[0], -context[1])
+        flat = (Layout(self.sites).flatten(value) - self.location) * jnp.exp(-self.log_scale)
+        base, log_det = backward(self.bijection, flat)
+        return Coordinates(base, log_det - jnp.sum(self.log_scale))
+
+    def from_coordinates(self, base: Float[Array, " dim"]) -> tuple[Latents, Array]:
+        flat, log_det = forward(self.bijection, base)
+        value = Layout(self.sites).unflatten(self.location + jnp.exp(self.log_scale) * flat)
+        return value, log_det + jnp.sum(self.log_scale)
+
+    def affine(self) -> tuple[Array, Array]:
+        return self.location, jnp.exp(self.log_scale)
+
+    def recentre(self, location: Array, scale: Array) -> FlowProposal:
+        return FlowProposal(self.sites, location, jnp.log(scale), self.bijection)

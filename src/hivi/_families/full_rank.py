@@ -1,0 +1,82 @@
+"""Full-rank Gaussian in unconstrained space: doubly stochastic variational inference (Titsias & Lazaro-Gredilla 2014)."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpyro.distributions import Normal
+
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
+from hivi._space import Latents, Site
+from hivi._tree import Key, PyTree
+
+
+class FullRank(AbstractFamily):
+    """z = location + L epsilon, epsilon ~ N(0, I), L lower triangular: DSVI.
+
+    Keeps every linear dependence between continuous sites, in unconstrained space; O(D^2) parameters and cost.
+
+    Args:
+        scale: standard deviation at the start.
+
+    Example:
+        >>> import hivi
+        >>> hivi.FullRank(scale=0.1)
+        FullRank(scale=0.1)
+    """
+
+    scale: float = 0.1
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        require_real("FullRank", sites)
+        dim = Layout(sites).dim
+        location = 0.01 * jax.random.normal(key, (dim,))
+        return FullRankProposal(sites, location, jnp.full(dim, jnp.log(self.scale)), jnp.zeros((dim, dim)))
+
+
+class FullRankProposal(AbstractProposal):
+    """Parameters of a full-rank Gaussian.
+
+    Attributes:
+        location: mean, shape (D,).
+        log_diagonal: log of the diagonal of L, shape (D,).
+        lower: strictly lower part of L in units of its rows' diagonal, shape (D, D); the rest is not used.
+    """
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    location: Float[Array, " dim"]
+    log_diagonal: Float[Array, " dim"]
+    lower: Float[Array, "dim dim"]
+
+    def factor(self) -> Float[Array, "dim dim"]:
+        """The Cholesky factor L."""
+        dim = self.location.shape[0]
+        return jnp.exp(self.log_diagonal)[:, None] * (jnp.eye(dim) + jnp.tril(self.lower, -1))
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        base = jax.random.normal(key, self.location.shape)
+        return Layout(self.sites).unflatten(self.location + self.factor() @ base), base
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        return {"q(base)": Normal(0.0, 1.0).log_prob(context), "q(log det)": -self.log_diagonal}
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        point = self.coordinates(z, None)
+        return jnp.sum(Normal(0.0, 1.0).log_prob(point.base)) + point.log_det
+
+    def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
+        flat = Layout(self.sites).flatten(value)
+        if context is None:
+            context = jax.scipy.linalg.solve_triangular(self.factor(), flat - self.location, lower=True)
+        return Coordinates(context, -jnp.sum(self.log_diagonal))
+
+    def from_coordinates(self, base: Float[Array, " dim"]) -> tuple[Latents, Array]:
+        return Layout(self.sites).unflatten(self.location + self.factor() @ base), jnp.sum(self.log_diagonal)
+
+    def affine(self) -> tuple[Array, Array]:
+        return self.location, jnp.exp(self.log_diagonal)
+
+    def recentre(self, location: Array, scale: Array) -> FullRankProposal:
+        return FullRankProposal(self.sites, location, jnp.log(scale), self.lower)

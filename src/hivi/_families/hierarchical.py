@@ -1,0 +1,203 @@
+"""Hierarchical variational models (Ranganath, Tran & Blei 2016): q(z) = integral of prod q(z_i|lambda_i) q(lambda; theta)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from hivi._errors import FamilyError, message
+from hivi._families.auxiliary import (
+    LAM,
+    AbstractAuxiliary,
+    AbstractAuxiliaryState,
+    Component,
+    InverseFlow,
+    Linearised,
+    Link,
+)
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
+from hivi._families.flow import Flow
+from hivi._families.full_rank import FullRank
+from hivi._families.mixture import Mixture
+from hivi._likelihood import likelihood
+from hivi._space import Latents, Site, Values
+from hivi._tree import Key, PyTree
+
+START_SCALE = 0.03
+"""Spread of lambda when growing from a mean-field optimum, in units of 1/sqrt(Fisher information)."""
+SCRATCH = {"finite": 1.0, "binomial": 0.5, "count": 0.3, "real": 0.1}
+"""Spread of lambda without a start, by kind of site."""
+DENSE_LIMIT = 256
+
+
+class Hierarchical(AbstractFamily):
+    """A mean-field likelihood whose parameters lambda are random, with their own variational prior.
+
+    q(z) = integral of prod_i q(z_i|lambda_i) q(lambda; theta) d lambda, fitted through the auxiliary r(lambda|z; phi):
+    log q is replaced by `log q(lambda) + log q(z|lambda) - log r(lambda|z)`, so that the ELBO of this family is the
+    hierarchical ELBO of eq. 5. It keeps dependence between latents of any kind, discrete ones included.
+
+    Args:
+        prior: any continuous family over the flat vector lambda: `Flow`, `FullRank`, `Mixture`, `MeanField`, or
+            another `Hierarchical` (multi-level).
+        auxiliary: `InverseFlow`, `Linearised`, `SemiImplicit` or `Component`; None takes the one that suits the prior.
+        start: a mean-field `Fit` of the same target to grow from; None starts near the centre of the supports.
+        spread: multiplies the standard deviation of lambda at the start.
+
+    Example:
+        >>> import hivi
+        >>> family = hivi.Hierarchical(prior=hivi.Flow(layers=4))
+        >>> family.prior.layers
+        4
+    """
+
+    prior: AbstractFamily = Flow(layers=8)
+    auxiliary: AbstractAuxiliary | None = None
+    start: Any = None
+    spread: float = 1.0
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        link = Link(sites)
+        k1, k2, k3 = jax.random.split(key, 3)
+        space = (Site(LAM, (link.dim,), Values("real"), (link.dim,)),)
+        location, scale = self._from_scratch(link, k3) if self.start is None else self._from_start(link)
+        prior = self.prior.build(space, k1).recentre(location, scale * self.spread)
+        return HierarchicalProposal(sites, prior, self._auxiliary(link).build(link, prior, k2))
+
+    def _auxiliary(self, link: Link) -> AbstractAuxiliary:
+        if self.auxiliary is not None:
+            return self.auxiliary
+        choices: dict[type, AbstractAuxiliary] = {Mixture: Component()}
+        if link.dim <= DENSE_LIMIT:
+            choices[FullRank] = Linearised()
+        if type(self.prior) is Flow:
+            choices[Flow] = InverseFlow(max(2, self.prior.layers), self.prior.kind)
+        return choices.get(type(self.prior), InverseFlow())
+
+    def _from_scratch(self, link: Link, key: Key) -> tuple[Array, Array]:
+        keys = jax.random.split(key, len(link.sites))
+        lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(link.sites, keys, strict=True)}
+        scale = {s.name: jnp.full_like(lam[s.name], SCRATCH[s.values.kind]) for s in link.sites}
+        return link.join(lam), link.join(scale)
+
+    def _from_start(self, link: Link) -> tuple[Array, Array]:
+        """Location at the mean-field optimum; scale small against its Fisher information."""
+        found = start_parameters(self.start)
+        lam, scale = {}, {}
+        for s in link.sites:
+            if s.name not in found or found[s.name].shape != (*s.shape, likelihood(s).width):
+                raise FamilyError(
+                    message(
+                        f"Hierarchical(start=...) at site {s.name!r}",
+                        "no mean-field parameters of that shape in the start",
+                        "a MeanField fit of the same target",
+                        "fit the target with family=hivi.MeanField() first",
+                    )
+                )
+            lam[s.name] = found[s.name]
+            fisher = jnp.diagonal(likelihood(s).fisher(lam[s.name]), axis1=-2, axis2=-1)
+            floor = 1.0 if s.discrete else 0.0
+            scale[s.name] = START_SCALE / jnp.sqrt(jnp.maximum(fisher, floor))
+        return link.join(lam), link.join(scale)
+
+
+def start_parameters(start: Any) -> dict[str, Array]:
+    """Site -> lambda of a mean-field fit (or proposal), also inside a product of families.
+
+    Raises:
+        FamilyError: the start is not mean-field.
+    """
+    proposal = getattr(start, "proposal", start)
+    if isinstance(proposal, AbstractProposal):
+        found = proposal.parameters()
+        if found:
+            return found
+    raise FamilyError(
+        message(
+            "Hierarchical(start=...)",
+            type(proposal).__name__,
+            "a mean-field fit",
+            "pass start=hivi.fit(target, hivi.MeanField(), key=key)",
+        )
+    )
+
+
+class HierarchicalProposal(AbstractProposal):
+    """theta (the prior's parameters) and phi (the auxiliary's)."""
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    prior: AbstractProposal
+    auxiliary: AbstractAuxiliaryState
+
+    @property
+    def _link(self) -> Link:
+        return Link(self.sites)
+
+    @property
+    def branches(self) -> int:
+        return self.prior.branches
+
+    def log_weights(self) -> Float[Array, " branches"]:
+        return self.prior.log_weights()
+
+    def score_weight(self, inner: int) -> float:
+        return 1.0 / (inner + 1)
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        k1, k2 = jax.random.split(key)
+        value, context = self.prior.propose(k1, branch)
+        lam = self._link.split(value[LAM])
+        keys = jax.random.split(k2, len(self.sites))
+        z = {s.name: likelihood(s).sample(lam[s.name], k) for s, k in zip(self.sites, keys, strict=True)}
+        return z, (value[LAM], context)
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        """Eq. 5 for inner = 0; else log 1/(K+1) sum_k q(z,lambda_k)/r(lambda_k|z) (Sobolev & Vetrov 2019)."""
+        lam, prior_context = context
+        k1, k2 = jax.random.split(key)
+        terms = self._link.log_prob(lam, z) | self.auxiliary.excess(z, lam, prior_context, self.prior, k1)
+        if inner == 0:
+            return terms
+        if not self.auxiliary.reparameterised(self.prior):
+            raise FamilyError(
+                message(
+                    f"ImportanceWeighted(inner={inner}) with a mixture prior",
+                    f"{type(self.auxiliary).__name__}, whose extra draws choose a component and carry no gradient",
+                    "reparameterised extra draws",
+                    "use inner=0 (Component() is exact for narrow components) or auxiliary=InverseFlow()",
+                )
+            )
+        own = sum((jnp.sum(t) for t in terms.values()), jnp.zeros(()))
+        others = jax.vmap(lambda k: self._weight(z, k))(jax.random.split(k2, inner))
+        stacked = jnp.concatenate([jnp.zeros(1), others - own])
+        # Kept apart from the eq. 5 terms, which stay local.
+        terms["q(tighter)"] = logsumexp(stacked) - jnp.log(inner + 1.0)
+        return terms
+
+    def _weight(self, z: Latents, key: Key) -> Array:
+        """log q(z, lambda) / r(lambda|z) at an extra lambda ~ r."""
+        lam, excess = self.auxiliary.draw(z, self.prior, key)
+        return sum((jnp.sum(t) for t in self._link.log_prob(lam, z).values()), excess)
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        weights = jax.lax.map(lambda k: self._weight(z, k), jax.random.split(key, samples), batch_size=64)
+        return logsumexp(weights) - jnp.log(float(samples))
+
+    def conditionals(self, context: PyTree) -> dict[str, Conditional]:
+        lam = self._link.split(context[0])
+        return {s.name: Conditional(likelihood(s), lam[s.name]) for s in self.sites}
+
+    # As a prior over lambda of a level below (all sites real; q(z|lambda) Normal with random location and scale).
+    def affine(self) -> tuple[Array, Array]:
+        location, scale = (x.reshape(-1, 2) for x in self.prior.affine())
+        return location[:, 0], jnp.sqrt(jnp.exp(2 * location[:, 1]) + scale[:, 0] ** 2)
+
+    def recentre(self, location: Array, scale: Array) -> HierarchicalProposal:
+        centre = jnp.stack([location, jnp.log(scale)], -1).reshape(-1)
+        spread = jnp.stack([0.5 * scale, jnp.full_like(scale, 0.1)], -1).reshape(-1)
+        return HierarchicalProposal(self.sites, self.prior.recentre(centre, spread), self.auxiliary)

@@ -1,0 +1,107 @@
+"""Mixture of mean-fields (Jaakkola & Jordan 1998), with exact sums over the components."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+from hivi._errors import FamilyError, message
+from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of
+from hivi._likelihood import NormalLikelihood, likelihood
+from hivi._space import Latents, Site
+from hivi._tree import Key, PyTree
+
+
+class Mixture(AbstractFamily):
+    """q(z) = sum_k w_k prod_i q(z_i | lambda_ki), with stratified draws: every component is drawn every time.
+
+    Args:
+        components: number of components, at least 1; the cost of a step grows with it.
+        spread: how far apart the components start, in units of the parameters lambda.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Mixture(components=2)
+        Mixture(components=2, spread=1.0)
+    """
+
+    components: int = 2
+    spread: float = 1.0
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        if self.components < 1:
+            raise FamilyError(message("Mixture(components=...)", str(self.components), "at least 1", "use 2 or more"))
+        lam = {}
+        for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
+            kind, keys = likelihood(s), jax.random.split(k, self.components + 1)
+            start = jnp.stack([kind.start(s.shape, c) for c in keys[1:]])
+            # Only locations are spread: the log scale of a Normal stays where it is.
+            free = 1 if isinstance(kind, NormalLikelihood) else kind.width
+            noise = self.spread * jax.random.normal(keys[0], (*start.shape[:-1], free))
+            lam[s.name] = start.at[..., :free].add(noise)
+        return MixtureProposal(sites, lam, jnp.zeros(self.components))
+
+
+class MixtureProposal(AbstractProposal):
+    """Parameters of a mixture: site -> lambda of shape (components, *site shape, width), and the weights' logits."""
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    lam: dict[str, Array]
+    logits: Float[Array, " components"]
+
+    @property
+    def branches(self) -> int:
+        return self.logits.shape[0]
+
+    def log_weights(self) -> Float[Array, " branches"]:
+        return jax.nn.log_softmax(self.logits)
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        lam = {name: value[branch] for name, value in self.lam.items()}
+        keys = jax.random.split(key, max(len(self.sites), 1))
+        draw = {s.name: likelihood(s).sample(lam[s.name], k) for s, k in zip(self.sites, keys, strict=False)}
+        return draw, lam
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        return {"q": self.log_density(z, key)}
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        per_component = jnp.zeros(self.branches)
+        for s in self.sites:
+            kind = likelihood(s)
+            terms = jax.vmap(lambda lam, s=s, kind=kind: kind.log_prob(lam, z[s.name]))(self.lam[s.name])
+            per_component = per_component + jnp.sum(terms.reshape(self.branches, -1), -1)
+        return logsumexp(per_component + self.log_weights())
+
+    def conditionals(self, context: PyTree) -> dict[str, Conditional]:
+        return {s.name: Conditional(likelihood(s), context[s.name]) for s in self.sites}
+
+    def score_weight(self, inner: int) -> float:
+        return 1.0 / self.branches
+
+    # As a prior over lambda (all sites real).
+    def components(self) -> Components:
+        lam = jnp.concatenate([self.lam[s.name].reshape(self.branches, -1, 2) for s in self.sites], 1)
+        return Components(self.log_weights(), lam[..., 0], jnp.exp(lam[..., 1]))
+
+    def affine(self) -> tuple[Array, Array]:
+        log_weights, location, scale = self.components()
+        weights = jnp.exp(log_weights)[:, None]
+        mean = jnp.sum(weights * location, 0)
+        return mean, jnp.sqrt(jnp.sum(weights * (scale**2 + (location - mean) ** 2), 0))
+
+    def recentre(self, location: Array, scale: Array) -> MixtureProposal:
+        """Components keep their directions; together they get the location and (roughly) the scale."""
+        _, own, _ = self.components()
+        centred = own - jnp.mean(own, 0)
+        centred = centred / jnp.maximum(jnp.sqrt(jnp.mean(centred**2)), 1e-6) if self.branches > 1 else centred
+        flat = jnp.stack([location + scale * centred, jnp.broadcast_to(jnp.log(0.3 * scale), own.shape)], -1)
+        lam, start = {}, 0
+        for s in self.sites:
+            stop = start + size_of(s.shape)
+            lam[s.name] = flat[:, start:stop].reshape(self.branches, *s.shape, 2)
+            start = stop
+        return MixtureProposal(self.sites, lam, self.logits)

@@ -1,0 +1,216 @@
+"""Products of families over groups of sites, and families repeated over the rows of a subsampled plate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hivi._errors import FamilyError, message
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, batched
+from hivi._likelihood import likelihood
+from hivi._space import Latents, Plate, Site
+from hivi._tree import Key, PyTree
+
+
+def build_proposal(
+    family: AbstractFamily | Mapping[str, AbstractFamily], sites: tuple[Site, ...], key: Key
+) -> AbstractProposal:
+    """Build a family, or a dict of families, for the sites of a target.
+
+    The keys of a dict are site names or regular expressions that match whole names; the first that matches takes a site,
+    and all sites of one key are fitted jointly. Sites of a subsampled plate are independent rows: a family that is
+    not mean-field is then built for one row, and its parameters repeated for every row.
+
+    Raises:
+        FamilyError: a site without a family, or a key that matches none.
+    """
+    groups = _groups(family, sites)
+    parts = []
+    for k, (member, group) in zip(jax.random.split(key, len(groups)), groups, strict=True):
+        for k2, (plate, some) in zip(jax.random.split(k, len(group)), _by_plate(member, group).items(), strict=False):
+            parts.append(member.build(some, k2) if plate is None else _rows(member, some, plate, k2))
+    return parts[0] if len(parts) == 1 else ProductProposal(tuple(s for p in parts for s in p.sites), tuple(parts))
+
+
+def _groups(
+    family: AbstractFamily | Mapping[str, AbstractFamily], sites: tuple[Site, ...]
+) -> list[tuple[AbstractFamily, tuple[Site, ...]]]:
+    if isinstance(family, AbstractFamily):
+        return [(family, sites)]
+    if not isinstance(family, Mapping):
+        raise FamilyError(
+            message("family", repr(family), "a family or a dict {site or pattern: family}", "for example hivi.MeanField()")
+        )
+    taken: dict[str, list[Site]] = {pattern: [] for pattern in family}
+    for site in sites:
+        pattern = next((p for p in family if p == site.name or re.fullmatch(p, site.name)), None)
+        if pattern is None:
+            raise FamilyError(
+                message(
+                    f"site {site.name!r}",
+                    f"no family among the keys {list(family)}",
+                    "one family for every site",
+                    'add a key for it, or a last key ".*"',
+                )
+            )
+        taken[pattern].append(site)
+    for pattern, group in taken.items():
+        if not group:
+            raise FamilyError(
+                message(
+                    f"family key {pattern!r}",
+                    "no site that it matches",
+                    f"one of the sites {[s.name for s in sites]}",
+                    "correct the name, or drop the key",
+                )
+            )
+    return [(family[pattern], tuple(group)) for pattern, group in taken.items()]
+
+
+def _by_plate(family: AbstractFamily, sites: tuple[Site, ...]) -> dict[Plate | None, tuple[Site, ...]]:
+    """Split a group into its global sites and those of each subsampled plate."""
+    if family.native_plates():
+        return {None: sites}
+    out: dict[Plate | None, tuple[Site, ...]] = {}
+    for s in sites:
+        plate = None if s.local is None else s.local[0]
+        out[plate] = (*out.get(plate, ()), s)
+    return out
+
+
+def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Key) -> AbstractProposal:
+    rows = tuple(s.row() for s in sites)
+    keys = jax.random.split(key, plate.size)
+    example = family.build(rows, keys[0])
+    if example.branches > 1:
+        raise FamilyError(
+            message(
+                f"sites {[s.name for s in sites]} of the subsampled plate {plate.name!r}",
+                f"a mixture ({type(family).__name__}), whose components cannot be stratified row by row",
+                "a family without mixture components",
+                "use Hierarchical(prior=Flow()) or MeanField() for these sites",
+            )
+        )
+    arrays, static = eqx.partition(example, eqx.is_array)
+    stacked = jax.vmap(lambda k: eqx.filter(family.build(rows, k), eqx.is_array))(keys)
+    del arrays
+    return RowsProposal(sites, eqx.combine(stacked, static), plate)
+
+
+class RowsProposal(AbstractProposal):
+    """One proposal per row of a subsampled plate: the arrays of `rows` have a leading axis over rows."""
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    rows: AbstractProposal
+    plate: Plate = eqx.field(static=True)
+
+    def _out(self, z: Latents) -> Latents:
+        return {s.name: jnp.moveaxis(z[s.name], 0, s.local[1]) for s in self.sites if s.local is not None}
+
+    def _in(self, z: Latents) -> Latents:
+        return {s.name: jnp.moveaxis(z[s.name], s.local[1], 0) for s in self.sites if s.local is not None}
+
+    def _count(self) -> int:
+        return next(x.shape[0] for x in jax.tree.leaves(eqx.filter(self.rows, eqx.is_array)))
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        z, context = batched(self.rows, lambda p, k: p.propose(k), jax.random.split(key, self._count()))
+        return self._out(z), context
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        keys = jax.random.split(key, self._count())
+        terms = batched(
+            self.rows, lambda p, v, c, k: p.log_q(v, c, k, inner), self._in(z), context, keys
+        )
+        return {f"{name}[{self.plate.name}]": value for name, value in terms.items()}
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        keys = jax.random.split(key, self._count())
+        return jnp.sum(batched(self.rows, lambda p, v, k: p.log_density(v, k, samples), self._in(z), keys))
+
+    def conditionals(self, context: PyTree) -> dict[str, Conditional]:
+        lam = batched(self.rows, lambda p, c: {n: v.lam for n, v in p.conditionals(c).items()}, context)
+        out = {}
+        for s in self.sites:
+            if s.name in lam and s.local is not None:
+                out[s.name] = Conditional(likelihood(s), jnp.moveaxis(lam[s.name], 0, s.local[1]))
+        return out
+
+    def gather(self, rows: dict[str, Array]) -> RowsProposal:
+        taken = jax.tree.map(lambda x: x[rows[self.plate.name]] if eqx.is_array(x) else x, self.rows)
+        return RowsProposal(self.sites, taken, self.plate)
+
+    def scales(self) -> dict[str, float]:
+        z, context = jax.eval_shape(self.propose, jax.random.key(0))
+        names = jax.eval_shape(lambda v, c: self.log_q(v, c, jax.random.key(0)), z, context)
+        return {name: self.plate.scale for name in [*names, f"q(tighter)[{self.plate.name}]"]}
+
+    def score_weight(self, inner: int) -> float:
+        return self.rows.score_weight(inner)
+
+    def parameters(self) -> dict[str, Array]:
+        return {}
+
+
+class ProductProposal(AbstractProposal):
+    """Independent proposals over disjoint groups of sites."""
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    parts: tuple[AbstractProposal, ...]
+
+    @property
+    def branches(self) -> int:
+        total = 1
+        for p in self.parts:
+            total *= p.branches
+        return total
+
+    def log_weights(self) -> Float[Array, " branches"]:
+        out = jnp.zeros(1)
+        for p in self.parts:
+            out = (out[:, None] + p.log_weights()[None, :]).reshape(-1)
+        return out
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        z: Latents = {}
+        contexts, rest = [], branch
+        for p, k in reversed(list(zip(self.parts, jax.random.split(key, len(self.parts)), strict=True))):
+            draw, context = p.propose(k, rest % p.branches)
+            rest = rest // p.branches
+            z |= draw
+            contexts.append(context)
+        return z, tuple(reversed(contexts))
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        terms = {}
+        keys = jax.random.split(key, len(self.parts))
+        for number, (p, c, k) in enumerate(zip(self.parts, context, keys, strict=True)):
+            own = {s.name: z[s.name] for s in p.sites}
+            terms |= {f"{name}#{number}": value for name, value in p.log_q(own, c, k, inner).items()}
+        return terms
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        keys = jax.random.split(key, len(self.parts))
+        own = [{s.name: z[s.name] for s in p.sites} for p in self.parts]
+        parts = [p.log_density(v, k, samples) for p, v, k in zip(self.parts, own, keys, strict=True)]
+        return sum(parts, jnp.zeros(()))
+
+    def conditionals(self, context: PyTree) -> dict[str, Conditional]:
+        return {n: v for p, c in zip(self.parts, context, strict=True) for n, v in p.conditionals(c).items()}
+
+    def gather(self, rows: dict[str, Array]) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.gather(rows) for p in self.parts))
+
+    def scales(self) -> dict[str, float]:
+        return {f"{name}#{k}": v for k, p in enumerate(self.parts) for name, v in p.scales().items()}
+
+    def score_weight(self, inner: int) -> float:
+        return min(p.score_weight(inner) for p in self.parts)
+
+    def parameters(self) -> dict[str, Array]:
+        return {n: v for p in self.parts for n, v in p.parameters().items()}

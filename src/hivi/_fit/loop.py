@@ -1,0 +1,305 @@
+"""`fit`: Algorithm 1 of the paper, in compiled chunks with the host between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from hivi._bounds import AbstractBound, Elbo
+from hivi._errors import FitError, LoadError, message
+from hivi._estimators.auto import Auto
+from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
+from hivi._estimators.pathwise import Pathwise
+from hivi._families.base import AbstractFamily, AbstractProposal
+from hivi._families.full_rank import FullRank
+from hivi._families.hierarchical import Hierarchical
+from hivi._families.mean_field import MeanField
+from hivi._families.product import build_proposal
+from hivi._fit import store
+from hivi._fit.parallel import check_mesh, distribute
+from hivi._fit.progress import Bar
+from hivi._fit.result import Fit
+from hivi._fit.step import CHUNK, NEVER, Plan, State, default_optimizer, initial_state, run_chunk
+from hivi._fit.stopping import collapsed, levelled
+from hivi._space import Latents
+from hivi._target.base import Target, check_start
+from hivi._tree import Key, finite
+
+LEARNING_RATE = 0.01
+RECOVERIES = 6
+DENSE_LIMIT = 400
+SAVE_EVERY = 20.0
+"""Seconds between two checkpoints."""
+
+
+def fit(
+    target: Target,
+    family: AbstractFamily | Mapping[str, AbstractFamily] | None = None,
+    *,
+    key: Key,
+    steps: int = 10_000,
+    samples: int = 16,
+    bound: AbstractBound | None = None,
+    estimator: AbstractEstimator | AbstractStrategy | Mapping[str, AbstractStrategy] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    learning_rate: float = LEARNING_RATE,
+    tolerance: float | None = 1.0,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+    throw: bool = True,
+    mesh: Mesh | None = None,
+    start: Fit | None = None,
+) -> Fit:
+    """Fit a variational family to a target by stochastic gradient ascent on a bound (Algorithm 1 of the paper).
+
+    Args:
+        target: from `hivi.from_numpyro` or `hivi.from_log_joint`.
+        family: a family, or a dict from site name or pattern to family; None chooses by the supports (`default_family`).
+        key: a JAX random key; the same key gives the same fit.
+        steps: the most gradient steps.
+        samples: Monte Carlo estimates of the bound per step; 2 or more give score gradients their baseline.
+        bound: `Elbo()` if None.
+        estimator: `Auto()` if None; or one strategy, or a dict from site to strategy.
+        optimizer: any Optax optimiser (it minimises the negative bound); None takes Adam with warm-up, and with a cosine
+            decay that starts when the bound has levelled off.
+        learning_rate: of the default optimiser.
+        tolerance: stop when the smoothed bound rises by less than this many of its standard errors; None runs every step.
+        progress: show a progress bar on a terminal.
+        checkpoint: a folder; where it holds an interrupted run of the same configuration, that run is resumed, bit for bit.
+        throw: raise `FitError` when the fit fails; otherwise return the last good state, with `converged` False.
+        mesh: a device mesh; its axis "samples" shards draws, an axis named like a plate shards the rows of that plate.
+        start: a fit of the same family (for example a loaded one) whose parameters to go on from.
+
+    Returns:
+        The fit.
+
+    Raises:
+        TargetError: NaN or an infinite log-probability at the start.
+        FamilyError: the family does not suit the target.
+        FitError: bound or gradient stayed non-finite after the step size was halved several times.
+
+    Example:
+        >>> import hivi, jax
+        >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, latents={"x": hivi.Latent()})
+        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=300, progress=False)
+        >>> bool(abs(fit.elbo(jax.random.key(1)).mean - 0.9189) < 0.1)
+        True
+    """
+    began = time.monotonic()
+    _check_counts(steps, samples)
+    family = default_family(target) if family is None else family
+    bound = Elbo() if bound is None else bound
+    k_build, k_check, k_run = jax.random.split(key, 3)
+    proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target)
+    strategies = _resolve(estimator).resolve(target, proposal, bound)
+    check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
+    chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
+    plan = Plan(tuple(strategies.items()), bound, samples, chosen, optimizer is None, mesh)
+    state = initial_state(proposal, plan, k_run, steps)
+    if mesh is not None:
+        check_mesh(mesh, target, samples)
+        placed, target = distribute(state.proposal, target, mesh)
+        state = dataclasses.replace(state, proposal=placed, moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array)))
+    if tolerance is not None and plan.scheduled:
+        state = dataclasses.replace(state, decay_from=jnp.minimum(state.decay_from, NEVER))
+    identity = None
+    if checkpoint is not None:
+        identity = store.fingerprint(
+            target.factored.program.key, [target.data, target.factored.consts], repr(store.encode(family)), repr(bound),
+            repr(plan.strategies), key, [steps, samples, learning_rate, tolerance, optimizer is None], state,
+        )  # fmt: skip
+    run = _Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
+    run.resume()
+    outcome = run.go(progress, throw, _label(family))
+    return Fit(
+        proposal=run.state.proposal,
+        sites=target.sites,
+        bound=bound,
+        family=family,
+        converged=run.converged,
+        history=run.history(),
+        seconds=time.monotonic() - began,
+        message=outcome,
+        target=target,
+        strategies={name: type(s).__name__ for name, s in strategies.items()},
+    )
+
+
+def default_family(target: Target) -> AbstractFamily:
+    """What `fit` takes for `family=None`: by the supports of the target's sites.
+
+    Discrete sites (with or without continuous ones): `Hierarchical()` over all. Continuous sites only: `FullRank()` up
+    to 400 coordinates, `MeanField()` beyond.
+    """
+    if any(s.discrete for s in target.sites):
+        return Hierarchical()
+    return FullRank() if sum(int(np.prod(s.shape)) for s in target.sites) <= DENSE_LIMIT else MeanField()
+
+
+def _label(family: Any) -> str:
+    return type(family).__name__ if not isinstance(family, Mapping) else "product"
+
+
+def _check_counts(steps: int, samples: int) -> None:
+    for name, value in (("steps", steps), ("samples", samples)):
+        if not isinstance(value, int) or value < 1:
+            raise FitError(message(f"fit({name}=...)", repr(value), "a positive integer", "correct the number"))
+
+
+def _resolve(estimator: Any) -> AbstractEstimator:
+    if estimator is None:
+        return Auto()
+    return estimator if isinstance(estimator, AbstractEstimator) else Fixed(estimator, Pathwise())
+
+
+def _continue(start: Fit, target: Target) -> AbstractProposal:
+    if start.sites != target.sites:
+        raise FitError(
+            message("fit(start=...)", "a fit of other sites", f"sites {[s.name for s in target.sites]}", "use the same model")
+        )
+    return start.proposal
+
+
+@eqx.filter_jit
+def _starting_draws(proposal: AbstractProposal, key: Key) -> Latents:
+    return jax.vmap(lambda k: proposal.propose(k)[0])(jax.random.split(key, 16))
+
+
+class _Run:
+    """The host's side of one fit: state, history, stopping, recovery and checkpoints."""
+
+    def __init__(
+        self,
+        target: Target,
+        plan: Plan,
+        steps: int,
+        tolerance: float | None,
+        began: float,
+        folder: Path | None,
+        identity: str | None,
+        state: State,
+    ):
+        self.target, self.plan, self.steps, self.tolerance = target, plan, steps, tolerance
+        self.began, self.folder, self.identity, self.state = began, folder, identity, state
+        self.elbo = np.zeros(0)
+        self.stderr = np.zeros(0)
+        self.last = steps
+        self.converged = False
+        self.recoveries = 0
+        self._saved = time.monotonic()
+
+    def history(self) -> dict[str, np.ndarray]:
+        """One entry per step."""
+        return {"step": np.arange(1, len(self.elbo) + 1), "elbo": self.elbo, "stderr": self.stderr}
+
+    def go(self, progress: bool, throw: bool, label: str) -> str:
+        """Run to the end; return in words why it ended."""
+        with Bar(self.steps, label, progress) as bar:
+            while len(self.elbo) < self.last:
+                good, before = self.state, int(self.state.skipped)
+                new, info = run_chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
+                taken = min(CHUNK, self.last - len(self.elbo))
+                elbo, stderr = (np.asarray(x, float)[:taken] for x in info)
+                trouble = self._trouble(new, before, elbo, taken)
+                if trouble is not None:
+                    failure = self._recover(good, trouble)
+                    if failure is None:
+                        continue
+                    if throw:
+                        raise FitError(failure)
+                    self.converged = False
+                    return failure
+                self.state = new
+                self.elbo, self.stderr = np.append(self.elbo, elbo), np.append(self.stderr, stderr)
+                self._maybe_stop()
+                bar.update(len(self.elbo), elbo, len(self.elbo) / (time.monotonic() - self.began))
+                self._checkpoint(finished=len(self.elbo) >= self.last)
+        if self.tolerance is None or not self.converged:
+            plain = self.elbo[: int(self.state.decay_from)] if self.plan.scheduled else self.elbo
+            self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance)
+        return "the bound levelled off" if self.converged else "all steps were taken before the bound levelled off"
+
+    def _maybe_stop(self) -> None:
+        """Once the bound is level, decay the step size over a last stretch and end."""
+        if self.tolerance is None or self.converged or len(self.elbo) >= int(self.state.decay_from):
+            return
+        if not levelled(self.elbo, self.tolerance):
+            return
+        self.converged = True
+        done = len(self.elbo)
+        if not self.plan.scheduled:
+            self.last = done
+            return
+        decay = min(max(500, int(0.4 * done)), self.steps - done)
+        self.last = done + decay
+        self.state = dataclasses.replace(
+            self.state, decay_from=jnp.array(done, jnp.int32), decay_steps=jnp.array(max(decay, 1), jnp.int32)
+        )
+
+    def _trouble(self, new: State, before: int, elbo: np.ndarray, taken: int) -> str | None:
+        skipped = int(new.skipped) - before
+        if skipped > taken // 4 or not bool(finite(new.proposal)):
+            return f"bound or gradient not finite in {skipped} of {taken} steps"
+        if taken == CHUNK and collapsed(np.append(self.elbo, elbo), CHUNK):
+            return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.elbo[-CHUNK:]):.4g}"
+        return None
+
+    def _recover(self, good: State, trouble: str) -> str | None:
+        """Go back to the last good state with half the step size; a message once that has failed too often."""
+        self.recoveries += 1
+        if self.recoveries > RECOVERIES:
+            return message(
+                f"fit, after {len(self.elbo)} steps",
+                f"{trouble}, also with the step size halved {RECOVERIES} times; {self._blame(good)}",
+                "a finite bound",
+                "check the model there (a log of zero, an impossible value), rescale the data, or lower learning_rate",
+            )
+        self.state = dataclasses.replace(good, rate=good.rate / 2, key=jax.random.fold_in(good.key, self.recoveries))
+        return None
+
+    def _blame(self, state: State) -> str:
+        """Name the factors that are not finite at draws from the last good state."""
+        draws = _starting_draws(state.proposal.gather(self.target.all_rows()), state.key)
+        terms = eqx.filter_jit(lambda t, d: jax.vmap(t.terms)(d))(self.target, draws)
+        bad = [f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))]
+        return f"not finite at draws from q: factors {sorted(set(bad))}" if bad else "all factors are finite at draws from q"
+
+    def _checkpoint(self, finished: bool) -> None:
+        if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):
+            return
+        self._saved = time.monotonic()
+        arrays = store.pack(self.state) | {"history.elbo": self.elbo, "history.stderr": self.stderr}
+        meta = {"identity": self.identity, "last": self.last, "converged": self.converged, "recoveries": self.recoveries}
+        store.write(self.folder, "checkpoint", arrays, meta)
+
+    def resume(self) -> None:
+        """Take up the run that the checkpoint folder holds, if it is one of this configuration.
+
+        Raises:
+            LoadError: the folder holds a run of another configuration.
+        """
+        if self.folder is None or not (self.folder / "checkpoint.safetensors").exists():
+            return
+        arrays, meta = store.read(self.folder, "checkpoint")
+        if meta["identity"] != self.identity:
+            raise LoadError(
+                message(
+                    f"checkpoint {self.folder}",
+                    "a run of another configuration (model, data, family, key, steps or options differ)",
+                    "the same configuration",
+                    "choose another folder, or delete this one",
+                )
+            )
+        self.state = store.unpack(self.state, arrays, self.folder)
+        self.elbo, self.stderr = arrays["history.elbo"], arrays["history.stderr"]
+        self.last, self.converged, self.recoveries = meta["last"], meta["converged"], meta["recoveries"]

@@ -1,0 +1,276 @@
+"""`Fit`: an approximate posterior that can be asked, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from hivi._bounds import AbstractBound, Elbo
+from hivi._errors import FitError, LoadError, message
+from hivi._estimators.surrogate import log_weights
+from hivi._families.base import AbstractProposal
+from hivi._families.product import build_proposal
+from hivi._fit import store
+from hivi._space import Latents, Site, constrain
+from hivi._target.base import Target
+from hivi._tree import Key
+
+BATCH = 64
+"""Draws evaluated at once."""
+
+
+class Estimate(NamedTuple):
+    """A Monte Carlo estimate: mean and standard error, in nats."""
+
+    mean: float
+    stderr: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.stderr:.4f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """The result of `hivi.fit`.
+
+    Attributes:
+        proposal: the fitted parameters theta and phi.
+        sites: the latent sites.
+        bound: the bound that was optimised.
+        family: the family's configuration.
+        converged: whether the bound had stopped to rise by more than its noise.
+        history: 1-d arrays, one entry per step: "step", "elbo" (the bound's estimate in nats) and "stderr".
+        seconds: wall time of the optimisation, compilation included.
+        message: in words, why it stopped.
+        target: the target; None for a run loaded without it.
+        strategies: site -> name of the gradient strategy that was used.
+    """
+
+    proposal: AbstractProposal
+    sites: tuple[Site, ...]
+    bound: AbstractBound
+    family: Any
+    converged: bool
+    history: dict[str, np.ndarray]
+    seconds: float
+    message: str
+    target: Target | None = None
+    strategies: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        steps = len(self.history["step"])
+        return f"Fit({type(self.proposal).__name__}, {steps} steps, converged={self.converged}: {self.message})"
+
+    def elbo(self, key: Key, samples: int = 4096, bound: AbstractBound | None = None) -> Estimate:
+        """The bound that was optimised (or another), estimated afresh.
+
+        Args:
+            key: a JAX random key.
+            samples: number of independent estimates of the bound, at least 2.
+            bound: another bound, for example `ImportanceWeighted(outer=1, inner=64)` for a tighter one.
+
+        Returns:
+            Mean and standard error in nats.
+
+        Raises:
+            FitError: the run was loaded without its target, or fewer than 2 samples were asked for.
+        """
+        if self.target is None:
+            raise FitError(
+                message("Fit.elbo", "a run loaded without its target", "the target", "hivi.load(folder, target=target)")
+            )
+        if samples < 2:
+            raise FitError(message("Fit.elbo(samples=...)", str(samples), "at least 2", "ask for more samples"))
+        values = _bound_values(self.proposal, self.target, bound or self.bound, key, samples)
+        values = np.asarray(values, float)
+        return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
+
+    def sample(self, key: Key, samples: int = 1000) -> dict[str, Array]:
+        """Draws from q(z), in the model's own (constrained) space.
+
+        Args:
+            key: a JAX random key.
+            samples: number of draws.
+
+        Returns:
+            Site -> array of shape (samples, *site shape).
+        """
+        draws = _draws(self.proposal, key, samples)
+        return _constrain(self.target, self.sites, draws)
+
+    def log_prob(self, z: Mapping[str, Array], *, key: Key, samples: int = 256) -> Array:
+        """log q(z) at values in the model's own space, per draw.
+
+        Exact where the family has a density; for a hierarchical family the log of an unbiased estimate of it, by importance
+        sampling of lambda from r(lambda|z), consistent as `samples` grows.
+
+        Args:
+            z: site -> values, shape (*batch, *site shape) with one common batch shape; every site is needed.
+            key: a JAX random key.
+            samples: draws of lambda per value.
+
+        Returns:
+            log q(z) with respect to the model's own space, in nats, shape (*batch,).
+
+        Raises:
+            FitError: a site is missing, or shapes do not match.
+        """
+        batch = _batch_shape(self.sites, z)
+        flat = {s.name: jnp.reshape(jnp.asarray(z[s.name]), (-1, *s.constrained_shape)) for s in self.sites}
+        values = _log_density(self.proposal, self.sites, flat, key, samples)
+        return values.reshape(batch)
+
+    def save(self, folder: str | Path) -> Path:
+        """Save parameters, structure and history; neither the model nor the data.
+
+        Returns:
+            The folder, which `hivi.load` reads.
+        """
+        path = Path(folder)
+        if any(s.support is None and not s.discrete for s in self.sites):
+            raise LoadError(
+                message(
+                    "Fit.save",
+                    f"sites whose support depends on other latents: {[s.name for s in self.sites if s.support is None]}",
+                    "fixed supports",
+                    "reparameterise them (for example Uniform(0, 1) times the bound, as a deterministic)",
+                )
+            )
+        meta = {
+            "format": 1,
+            "family": store.encode(self.family),
+            "bound": store.encode(self.bound),
+            "sites": [store.encode_site(s) for s in self.sites],
+            "converged": self.converged,
+            "seconds": self.seconds,
+            "message": self.message,
+            "strategies": self.strategies,
+        }
+        arrays = {f"q{name}": a for name, a in store.pack(self.proposal).items()}
+        arrays |= {f"history.{name}": np.asarray(a) for name, a in self.history.items()}
+        store.write(path, "fit", arrays, meta)
+        return path
+
+
+def load(folder: str | Path, *, target: Target | None = None) -> Fit:
+    """Load a saved run; no pickle, and no code is run.
+
+    Args:
+        folder: what `Fit.save` wrote.
+        target: the target, to evaluate bounds and to go on fitting; sampling and log q need none.
+
+    Raises:
+        LoadError: no run there, a damaged one, or a target with other sites.
+
+    Example:
+        >>> import hivi, jax, tempfile
+        >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, latents={"x": hivi.Latent()})
+        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=100, progress=False)
+        >>> again = hivi.load(fit.save(tempfile.mkdtemp()))
+        >>> again.sample(jax.random.key(1), 5)["x"].shape
+        (5,)
+    """
+    path = Path(folder)
+    arrays, meta = store.read(path, "fit")
+    sites = tuple(store.decode_site(raw) for raw in meta["sites"])
+    if target is not None and target.sites != sites:
+        raise LoadError(
+            message(
+                str(path),
+                f"the sites {[(s.name, s.shape) for s in sites]}",
+                f"those of the target: {[(s.name, s.shape) for s in target.sites]}",
+                "pass the target of the saved run",
+            )
+        )
+    family = store.decode(meta["family"])
+    like = eqx.filter_eval_shape(build_proposal, family, sites, jax.random.key(0))
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, like)
+    saved = {name[1:]: a for name, a in arrays.items() if name.startswith("q")}
+    return Fit(
+        proposal=store.unpack(like, saved, path),
+        sites=sites,
+        bound=store.decode(meta["bound"]),
+        family=family,
+        converged=meta["converged"],
+        history={n.removeprefix("history."): a for n, a in arrays.items() if n.startswith("history.")},
+        seconds=meta["seconds"],
+        message=meta["message"],
+        target=target,
+        strategies=meta["strategies"],
+    )
+
+
+def _batch_shape(sites: tuple[Site, ...], z: Mapping[str, Any]) -> tuple[int, ...]:
+    shapes = set()
+    for s in sites:
+        if s.name not in z:
+            raise FitError(message(f"site {s.name!r}", "no value", "a value for every latent", "add it to z"))
+        shape, rank = jnp.shape(z[s.name]), len(s.constrained_shape)
+        if shape[len(shape) - rank :] != s.constrained_shape:
+            raise FitError(
+                message(f"site {s.name!r}", f"shape {shape}", f"(*batch, *{s.constrained_shape})", "reshape the values")
+            )
+        shapes.add(shape[: len(shape) - rank])
+    if len(shapes) != 1:
+        raise FitError(message("log_prob", f"batch shapes {sorted(shapes)}", "one batch shape", "broadcast the values"))
+    return shapes.pop()
+
+
+@functools.partial(eqx.filter_jit)
+def _bound_values(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key, samples: int) -> Array:
+    def one(k: Key) -> Array:
+        return log_weights(proposal, target, bound, k)
+
+    return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
+
+
+@eqx.filter_jit
+def _draws(proposal: AbstractProposal, key: Key, samples: int) -> Latents:
+    def one(k: Key) -> Latents:
+        k1, k2 = jax.random.split(k)
+        branch = jax.random.categorical(k1, proposal.log_weights()) if proposal.branches > 1 else 0
+        return proposal.propose(k2, branch)[0]
+
+    return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
+
+
+def _constrain(target: Target | None, sites: tuple[Site, ...], draws: Latents) -> dict[str, Array]:
+    if target is not None:
+        return _constrain_target(target, draws)
+    return _constrain_sites(sites, draws)
+
+
+@eqx.filter_jit
+def _constrain_target(target: Target, draws: Latents) -> dict[str, Array]:
+    return jax.vmap(target.constrain)(draws)
+
+
+def _constrain_sites(sites: tuple[Site, ...], draws: Latents) -> dict[str, Array]:
+    return jax.jit(jax.vmap(functools.partial(constrain, sites)))(draws)
+
+
+def _log_density(
+    proposal: AbstractProposal, sites: tuple[Site, ...], z: dict[str, Array], key: Key, samples: int
+) -> Array:
+    count = next(iter(z.values())).shape[0]
+
+    def one(args: tuple[dict[str, Array], Key]) -> Array:
+        value, k = args
+        free, jacobian = {}, jnp.zeros(())
+        for s in sites:
+            free[s.name] = s.unconstrain(value[s.name]).astype(s.dtype)
+            jacobian = jacobian + s.log_jacobian(free[s.name])
+        return proposal.log_density(free, k, samples) - jacobian
+
+    return eqx.filter_jit(lambda p, v, k: jax.lax.map(one, (v, k), batch_size=BATCH))(
+        proposal, z, jax.random.split(key, count)
+    )

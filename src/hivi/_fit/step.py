@@ -1,0 +1,152 @@
+"""One step of Algorithm 1 as a pure function of one state, and compiled chunks of steps."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from hivi._bounds import AbstractBound
+from hivi._estimators.base import AbstractStrategy
+from hivi._estimators.surrogate import surrogate
+from hivi._families.base import AbstractProposal
+from hivi._fit.parallel import shard_samples
+from hivi._target.base import Target
+from hivi._tree import Key, PyTree, finite, select
+
+CHUNK = 100
+"""Steps between two looks of the host: one compiled scan."""
+WARM_UP = 100
+FINAL_RATE = 0.01
+"""Share of the learning rate that is left at the end of the decay."""
+NEVER = 2**30
+
+
+class State(eqx.Module):
+    """All that changes during a fit.
+
+    Attributes:
+        proposal: theta and phi.
+        moments: the optimiser's state.
+        key: randomness of the steps to come.
+        step: number of steps done.
+        rate: multiplier of the learning rate, halved by every recovery.
+        decay_from: step at which the learning rate starts to decay.
+        decay_steps: length of the decay.
+        skipped: steps without an update, because bound or gradient was not finite.
+    """
+
+    proposal: AbstractProposal
+    moments: PyTree
+    key: Key
+    step: Int[Array, ""]
+    rate: Float[Array, ""]
+    decay_from: Int[Array, ""]
+    decay_steps: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+class Plan(NamedTuple):
+    """What stays fixed during a fit (static)."""
+
+    strategies: tuple[tuple[str, AbstractStrategy], ...]
+    bound: AbstractBound
+    samples: int
+    optimizer: optax.GradientTransformation
+    scheduled: bool
+    mesh: Mesh | None
+
+
+class Info(NamedTuple):
+    """One step's estimate of the bound: mean and standard error over its samples, in nats."""
+
+    elbo: Float[Array, ""]
+    stderr: Float[Array, ""]
+
+
+@functools.lru_cache(maxsize=64)
+def default_optimizer(learning_rate: float) -> optax.GradientTransformation:
+    """Adam; its warm-up and decay are the loop's, because the decay starts where the bound levels off.
+
+    Cached, so that two fits share one optimiser and hence one compilation.
+    """
+    return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99), optax.scale(learning_rate))
+
+
+def initial_state(proposal: AbstractProposal, plan: Plan, key: Key, steps: int) -> State:
+    """State before the first step; without early stopping the last 40 % of the steps decay."""
+    moments = plan.optimizer.init(eqx.filter(proposal, eqx.is_inexact_array))
+    decay = max(1, int(0.4 * steps))
+    zero = jnp.array(0, jnp.int32)
+    return State(
+        proposal, moments, key, zero, jnp.ones(()), zero + (steps - decay), zero + decay, zero
+    )
+
+
+def schedule(state: State) -> Array:
+    """Linear warm-up, then constant, then a cosine decay."""
+    warm = jnp.minimum(1.0, (state.step + 1) / WARM_UP)
+    progress = jnp.clip((state.step - state.decay_from) / jnp.maximum(state.decay_steps, 1), 0.0, 1.0)
+    cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return warm * cosine * state.rate
+
+
+def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
+    """One gradient step up the bound; a step whose bound or gradient is not finite changes nothing but the key."""
+    key, now = jax.random.split(state.key)
+    shard = functools.partial(shard_samples, mesh=plan.mesh)
+
+    @functools.partial(eqx.filter_value_and_grad, has_aux=True)
+    def objective(proposal: AbstractProposal) -> tuple[Array, Any]:
+        return surrogate(proposal, target, dict(plan.strategies), plan.bound, now, plan.samples, shard)
+
+    (value, estimated), gradient = objective(state.proposal)
+    ok = jnp.isfinite(value) & finite(gradient)
+    params, static = eqx.partition(state.proposal, eqx.is_inexact_array)
+    # Optax goes down, the bound goes up: a user's optimiser sees the negative gradient, ours adds.
+    factor = schedule(state) if plan.scheduled else state.rate
+    if plan.scheduled:
+        updates, moments = plan.optimizer.update(gradient, state.moments, params)
+    else:
+        updates, moments = plan.optimizer.update(jax.tree.map(jnp.negative, gradient), state.moments, params)
+    updates = jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates)
+    moved = eqx.combine(optax.apply_updates(params, updates), static)
+    new = State(
+        proposal=select(ok, moved, state.proposal),
+        moments=select(ok, moments, state.moments),
+        key=key,
+        step=state.step + 1,
+        rate=state.rate,
+        decay_from=state.decay_from,
+        decay_steps=state.decay_steps,
+        skipped=state.skipped + jnp.where(ok, 0, 1),
+    )
+    count = estimated.bound.shape[0]
+    spread = jnp.std(estimated.bound, ddof=1) / jnp.sqrt(count) if count > 1 else jnp.array(jnp.nan)
+    return new, Info(value, spread)
+
+
+@eqx.filter_jit
+def run_chunk(state: State, target: Target, plan: Plan, last: Int[Array, ""]) -> tuple[State, Info]:
+    """`CHUNK` steps in one compiled scan; steps at or beyond `last` are not taken, and their info is NaN."""
+    arrays, static = eqx.partition(state, eqx.is_array)
+
+    def body(carry: PyTree, _: None) -> tuple[PyTree, Info]:
+        def take(c: PyTree) -> tuple[PyTree, Info]:
+            new, info = step(eqx.combine(c, static), target, plan)
+            return eqx.filter(new, eqx.is_array), info
+
+        def rest(c: PyTree) -> tuple[PyTree, Info]:
+            nothing = jnp.full((), jnp.nan, jnp.result_type(float))
+            return c, Info(nothing, nothing)
+
+        return jax.lax.cond(carry.step < last, take, rest, carry)
+
+    arrays, info = jax.lax.scan(body, arrays, None, length=CHUNK)
+    return eqx.combine(arrays, static), info

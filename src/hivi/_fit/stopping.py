@@ -1,0 +1,55 @@
+"""When to stop: the bound no longer rises by more than its own noise; and when a fit has diverged."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+MIN_STEPS = 1000
+
+
+class Trend(NamedTuple):
+    """Change of the smoothed bound between two neighbouring windows, and its standard error, in nats."""
+
+    change: float
+    stderr: float
+
+
+def trend(elbo: np.ndarray) -> Trend:
+    """Compare the third quarter of the steps so far with the fourth.
+
+    The windows grow with the run, so that slow progress is not mistaken for none. Standard errors come from the means
+    of 16 batches per window, which allows for steps that are correlated.
+    """
+    values = elbo[np.isfinite(elbo)]
+    quarter = len(values) // 4
+    if quarter < 32:
+        return Trend(np.inf, 0.0)
+    before, after = values[-2 * quarter : -quarter], values[-quarter:]
+    return Trend(float(np.mean(after) - np.mean(before)), float(np.hypot(_batch_error(before), _batch_error(after))))
+
+
+def _batch_error(values: np.ndarray) -> float:
+    batches = np.array([np.mean(b) for b in np.array_split(values, 16)])
+    return float(np.std(batches, ddof=1) / 4)
+
+
+def levelled(elbo: np.ndarray, tolerance: float) -> bool:
+    """Whether the bound rises by less than `tolerance` standard errors."""
+    if len(elbo) < MIN_STEPS:
+        return False
+    found = trend(elbo)
+    return bool(found.change < tolerance * found.stderr + 1e-7 * abs(float(np.mean(elbo[-32:]))))
+
+
+def collapsed(elbo: np.ndarray, chunk: int) -> bool:
+    """Whether the last chunk fell far below the best earlier one, beyond any noise."""
+    if len(elbo) < 3 * chunk:
+        return False
+    chunks = elbo[: len(elbo) // chunk * chunk].reshape(-1, chunk)
+    middle = np.nanmedian(chunks, axis=1)
+    noise = np.nanmedian(np.abs(chunks - middle[:, None]), axis=1)
+    best = int(np.argmax(middle[:-1]))
+    fall = middle[best] - middle[-1]
+    return bool(fall > 100 * max(noise[best], 1e-3) and fall > 10 + abs(middle[best]))

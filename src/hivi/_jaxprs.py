@@ -1,0 +1,98 @@
+"""The few places where hivi touches JAX's intermediate representation, isolated because JAX changes it.
+
+Everything here works on *open* jaxprs (`jax.extend.core.Jaxpr`): constants are explicit inputs, so that
+data captured by a model's closure stays an argument of the compiled step instead of being baked into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+from jax.interpreters import partial_eval
+
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+"""Primitives that only call their inner jaxpr, and may be inlined with no change of meaning."""
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> tuple[jex.Jaxpr, list[Any], Any]:
+    """Trace `fn(*args)`; return the open jaxpr (constants first), the constants, and the output shapes."""
+    closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return lift(closed.jaxpr), list(closed.consts), out
+
+
+def lift(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """Turn the constants of a jaxpr into its first inputs."""
+    return rebuild(jaxpr, invars=[*jaxpr.constvars, *jaxpr.invars], constvars=[])
+
+
+def rebuild(jaxpr: jex.Jaxpr, **changes: Any) -> jex.Jaxpr:
+    """Copy a jaxpr with some parts replaced; names of arguments and results are dropped with them."""
+    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return jaxpr.replace(debug_info=info, **changes)
+
+
+def inline(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """Inline jits and nested calls; keep custom derivatives, loops and branches as they are."""
+    eqns: list[jex.JaxprEqn] = []
+    outs = _inline_into(jaxpr, list(jaxpr.invars), {}, eqns)
+    return rebuild(jaxpr, eqns=eqns, outvars=outs)
+
+
+def _inline_into(jaxpr: jex.Jaxpr, args: list[Any], env: dict[Any, Any], out: list[jex.JaxprEqn]) -> list[Any]:
+    """Append the equations of `jaxpr` called on `args` to `out`, with fresh variables; return its results."""
+    env = dict(env)
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
+
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        if eqn.primitive.name in CALLS:
+            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            body, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
+            if not consts and not body.constvars:
+                results = _inline_into(body, operands, {}, out)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
+        # Fresh output variables: the same inner jaxpr object may be called twice.
+        fresh = [v if isinstance(v, jex.DropVar) else jex.Var(v.aval) for v in eqn.outvars]
+        env.update((old, new) for old, new in zip(eqn.outvars, fresh, strict=True) if old is not new)
+        out.append(eqn.replace(invars=operands, outvars=fresh))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def prune(jaxpr: jex.Jaxpr, keep: Sequence[bool]) -> tuple[jex.Jaxpr, list[bool]]:
+    """Drop outputs and all that only they need; return the smaller jaxpr and which inputs it still uses."""
+    named = rebuild(jaxpr)
+    return partial_eval.dce_jaxpr(named, list(keep))
+
+
+def evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """Run an open jaxpr on concrete or traced values."""
+    return jax.core.eval_jaxpr(jaxpr, [], *args)
+
+
+def fingerprint(jaxpr: jex.Jaxpr) -> str:
+    """Text equal for equal programs: jaxprs compare by identity, so compilation caches need this.
+
+    Constants of inner jaxprs are not arguments and print as shapes only, so their bytes are added.
+    """
+    digest = hashlib.sha256()
+    for value in _inner_constants(jaxpr):
+        digest.update(np.asarray(value).tobytes())
+    return f"{jaxpr}\n{digest.hexdigest()}"
+
+
+def _inner_constants(jaxpr: jex.Jaxpr) -> Iterator[Any]:
+    for eqn in jaxpr.eqns:
+        for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(param, "consts"):
+                yield from param.consts
+            if hasattr(param, "eqns"):
+                yield from _inner_constants(getattr(param, "jaxpr", param))

@@ -1,0 +1,1 @@
+"""The locality engine: which coordinates of a latent can each element of a factor touch?"""

@@ -1,0 +1,230 @@
+"""The axis-map interpreter: which coordinates of each latent can an element of an array depend on?
+
+It walks a jaxpr once and follows *values*, not derivatives: comparisons, indices and the predicates
+of branches count, because latents may be discrete. What it does not know makes an array depend on
+everything that went in, with a `Loss` that says where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Literal
+
+from hivi._locality.base import (
+    ALL,
+    CAP,
+    All,
+    Along,
+    Arr,
+    AxisMap,
+    Const,
+    Known,
+    Loss,
+    Maps,
+    Params,
+    Read,
+    Rule,
+    Scope,
+    Shape,
+    Unsupported,
+    compose,
+    identity,
+    total,
+)
+from hivi._locality.indexing import INDEXING
+from hivi._locality.integers import FOLDED, along, fit, fit_columns, fold, side_by_side
+from hivi._locality.loops import CONTROL
+from hivi._locality.merging import join, merge, merge_reads, reachable
+from hivi._locality.rules import BASIC, VIEWS, spread
+
+RULES: dict[str, Rule] = {**BASIC, **INDEXING}
+"""Rule of each primitive by name; one that is not here makes its outputs depend on all of its inputs."""
+
+_CALLS = {
+    **dict.fromkeys(("jit", "pjit", "remat2", "remat", "checkpoint", "composite"), "jaxpr"),
+    **dict.fromkeys(("closed_call", "core_closed_call", "call", "core_call"), "call_jaxpr"),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+    "custom_vmap_call": "call",
+}
+
+
+def scopes(
+    jaxpr: Any, seeds: Sequence[str | None], consts: Sequence[Any] | None = None
+) -> tuple[list[Scope], list[Loss]]:
+    """Find which latent coordinates each element of each output can depend on.
+
+    Args:
+        jaxpr: an open jaxpr.
+        seeds: for each input variable, the name of the latent that it is, or None.
+        consts: values of the constant variables. Integer arrays among them that are affine in one
+            index keep indexing exact; the answer then holds for these values only.
+
+    Returns:
+        One scope per output variable, and the places where locality was given up.
+    """
+    sizes = {site: tuple(v.aval.shape) for site, v in zip(seeds, jaxpr.invars, strict=True) if site is not None}
+    interpreter = _Interpreter(sizes)
+    values = [None] * len(jaxpr.constvars) if consts is None else consts
+    try:
+        constants = [_literal(_shape(v), c) for v, c in zip(jaxpr.constvars, values, strict=True)]
+        args = [
+            Arr(_shape(v), {} if site is None else {site: identity(len(sizes[site]))})
+            for v, site in zip(jaxpr.invars, seeds, strict=True)
+        ]
+        outs = interpreter.run(jaxpr, constants, args)
+    except _MutableArrays:
+        everything = {site: total(len(size)) for site, size in sizes.items()}
+        losses = [Loss(site, "ref", "mutable arrays are not followed") for site in sizes]
+        return [everything for _ in jaxpr.outvars], losses
+    return [reachable(out.scope, out.shape, sizes) for out in outs], list(interpreter.losses)
+
+
+class _MutableArrays(Exception):
+    """A Ref can be written through any of its uses: dependencies no longer follow the variables."""
+
+
+def _shape(variable: Any) -> Shape:
+    if "Ref" in type(variable.aval).__name__:
+        raise _MutableArrays
+    return tuple(getattr(variable.aval, "shape", ()))
+
+
+def _literal(shape: Shape, value: Any) -> Arr:
+    """A constant, with its integers where they are affine, or each of its columns is."""
+    known = fit(value)
+    short = known is None and shape and 1 < shape[-1] <= CAP
+    return Arr(shape, {}, known, fit_columns(value) if short else None)
+
+
+def _open(jaxpr: Any) -> tuple[Any, list[Arr]]:
+    """The open jaxpr inside, and its constants."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    values = list(getattr(jaxpr, "consts", ())) or [None] * len(inner.constvars)
+    return inner, [_literal(_shape(v), c) for v, c in zip(inner.constvars, values, strict=True)]
+
+
+class _Interpreter:
+    """Walks jaxprs. `depth` counts the enclosing loops, whose steps are the axes -1, ..., -depth."""
+
+    def __init__(self, sizes: dict[str, Shape]) -> None:
+        self.sizes = sizes
+        self.losses: dict[Loss, None] = {}
+        self.depth = 0
+
+    def run(self, jaxpr: Any, consts: Sequence[Arr], args: Sequence[Arr]) -> list[Arr]:
+        """Interpret an open jaxpr."""
+        env: dict[Any, Arr] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Arr:
+            return _literal(_shape(v), v.val) if isinstance(v, Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            shapes = [_shape(v) for v in eqn.outvars]
+            outs = self._equation(eqn, [read(v) for v in eqn.invars], shapes)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, args: list[Arr], shapes: list[Shape]) -> list[Arr]:
+        name = eqn.primitive.name
+        try:
+            if name in _CALLS:
+                return self.call(eqn.params[_CALLS[name]], args)
+            control = CONTROL.get(name)
+            if control is not None:
+                return control(self, eqn.params, args)
+            return self._primitive(name, eqn, args, shapes)
+        except (KeyError, Unsupported):  # a use, or a parameter of a later JAX, that has no rule
+            return self._unknown(name, args, shapes)
+
+    def _unknown(self, name: str, args: Sequence[Arr], shapes: Sequence[Shape]) -> list[Arr]:
+        scope: Scope = {}
+        for arg in args:
+            for site, maps in arg.scope.items():
+                scope[site] = total(len(self.sizes[site]))
+                if shapes and maps != scope[site]:
+                    self.losses[Loss(site, name, "no rule for this primitive")] = None
+        return [Arr(shape, scope) for shape in shapes]
+
+    def _primitive(self, name: str, eqn: Any, args: list[Arr], shapes: list[Shape]) -> list[Arr]:
+        if name == "iota":
+            return [self._iota(eqn.params, shapes[0])]
+        touched = any(arg.scope for arg in args)
+        moved = name in VIEWS and args[0].known is not None
+        reads = RULES[name](eqn.params, args, shapes) if touched or moved else [[]] * len(shapes)
+        outs = []
+        for v, shape, mine in zip(eqn.outvars, shapes, reads, strict=True):
+            known, columns = None, None
+            dtype = getattr(v.aval, "dtype", None)
+            if isinstance(dtype, np.dtype) and dtype.kind in "iub":
+                known = _integers(name, args, shape, dtype, mine)
+                columns = side_by_side(name, eqn.params, args, shape)
+            outs.append(Arr(shape, self.scope(name, mine, args, shape) if touched else {}, known, columns))
+        return outs
+
+    def _iota(self, params: Params, shape: Shape) -> Arr:
+        axis, dtype = params["dimension"], params["dtype"]
+        integer = isinstance(dtype, np.dtype) and dtype.kind in "iu"
+        fits = integer and 0 < shape[axis] <= np.iinfo(dtype).max
+        return Arr(shape, {}, along(axis, 0, 1, shape[axis]) if fits else None)
+
+    def scope(self, name: str, reads: Sequence[Read], args: Sequence[Arr], shape: Shape) -> Scope:
+        """Scope of an output of this shape that reads its operands so."""
+        reads = [r for r in reads if args[r.operand].scope]
+        if len(reads) == 1 and reads[0].view is None and reads[0].place is None:
+            return args[reads[0].operand].scope
+        found: dict[str, list[tuple[AxisMap, tuple[int, Const | Along] | None]]] = {}
+        for read in reads:
+            view = _tight(read.view, args[read.operand].shape)
+            for site, maps in args[read.operand].scope.items():
+                for m in maps:
+                    new = m if view is None else tuple(compose(e, view) for e in m)
+                    if read.reason and new.count(ALL) > m.count(ALL):
+                        self.losses[Loss(site, name, read.reason)] = None
+                    found.setdefault(site, []).append((new, read.place))
+        return self._noted(name, {site: merge_reads(f, shape, self.sizes[site]) for site, f in found.items()})
+
+    def merged(self, name: str, found: dict[str, set[AxisMap]], shape: Shape) -> Scope:
+        """Scope of an array of this shape, from maps that may overlap."""
+        return self._noted(name, {site: merge(maps, shape, self.sizes[site]) for site, maps in found.items()})
+
+    def _noted(self, name: str, results: dict[str, tuple[Maps, str]]) -> Scope:
+        for site, (_, reason) in results.items():
+            if reason:
+                self.losses[Loss(site, name, reason)] = None
+        return {site: maps for site, (maps, _) in results.items() if maps}
+
+    def call(self, jaxpr: Any, args: Sequence[Arr]) -> list[Arr]:
+        """Interpret a nested jaxpr."""
+        inner, consts = _open(jaxpr)
+        if len(inner.invars) != len(args):
+            raise Unsupported
+        return self.run(inner, consts, args)
+
+    def widened(self, name: str, old: Scope, new: Scope) -> Scope:
+        """A scope that covers both, by one map for each site that grew."""
+        scope = dict(old)
+        for site, maps in new.items():
+            if not maps <= old.get(site, frozenset()):
+                scope[site] = frozenset({join([*maps, *old.get(site, ())])})
+                self.losses[Loss(site, name, "accumulates over steps")] = None
+        return scope
+
+
+def _tight(view: AxisMap | None, shape: Shape) -> AxisMap | None:
+    """Any index of an axis of size 1 is index 0."""
+    if view is None or ALL not in view:
+        return view
+    return tuple(Const(0) if n == 1 and isinstance(e, All) else e for e, n in zip(view, shape, strict=True))
+
+
+def _integers(name: str, args: Sequence[Arr], shape: Shape, dtype: np.dtype, reads: Sequence[Read]) -> Known | None:
+    """Known integers of an output."""
+    if name in VIEWS and reads and args[0].known is not None:
+        return args[0].known.seen(_tight(reads[0].view, args[0].shape))
+    if name in FOLDED and any(a.known for a in args):
+        return fold(name, [a.known and a.known.seen(spread(a.shape, shape)) for a in args], dtype)
+    return None

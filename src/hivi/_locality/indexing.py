@@ -1,0 +1,154 @@
+"""Rules for reading and writing at indices: slices at run-time positions, gather and scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hivi._locality.base import (
+    ALL,
+    CAP,
+    Along,
+    Arr,
+    AxisMap,
+    Const,
+    Entry,
+    Known,
+    Params,
+    Read,
+    Rule,
+    Shape,
+    Unsupported,
+    constant,
+)
+
+
+def _window(axis: int | None, start: Known | None, size: int, length: int, mode: str) -> Entry:
+    """Index read on an operand axis of `length` by a window of `size` that runs along `axis` of the output.
+
+    `axis` is None where the output has no such axis (size 1). `mode` tells what happens to windows
+    that are not inside: CLIP moves them, FILL_OR_DROP does not read, otherwise it is not known.
+    """
+    if size == length:
+        start = constant(0)  # there is only one place for it
+    if start is None:
+        return ALL
+    entry: Entry = start.entry
+    if not start.within(0, length - size) and "DROP" not in mode:
+        if "CLIP" not in mode or not isinstance(entry, Const):
+            return ALL
+        entry = Const(min(max(entry.index, 0), length - size))
+    if isinstance(entry, Const):
+        return entry if axis is None else Along(axis, entry.index)
+    return entry if size == 1 else ALL
+
+
+def _dynamic_slice(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
+    operand, *starts = args
+    sizes = params["slice_sizes"]
+    if len(starts) != len(operand.shape):
+        raise Unsupported
+    view = tuple(_window(d, starts[d].known, sizes[d], length, "CLIP") for d, length in enumerate(operand.shape))
+    return [[Read(0, view, "slice at an unknown index"), *(Read(i + 1, ()) for i in range(len(starts)))]]
+
+
+def _columns(indices: Arr, batch: Sequence[int], count: int) -> tuple[list[AxisMap], list[Known | None]]:
+    """Views and known values of the `count` columns of an index array, along the axes `batch`."""
+    views: list[AxisMap] = [(*map(Along, batch), Const(j)) for j in range(count)]
+    if indices.columns is not None:
+        return views, [c and c.seen(view) for c, view in zip(indices.columns, views, strict=True)]
+    return views, [indices.known and indices.known.seen(view) for view in views]
+
+
+def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
+    numbers, mode = params["dimension_numbers"], str(params["mode"])
+    operand, indices = args
+    batch = [d for d in range(len(outs[0])) if d not in numbers.offset_dims]
+    views, columns = _columns(indices, batch, indices.shape[-1])
+    offsets = iter(numbers.offset_dims)
+    paired = list(numbers.operand_batching_dims)
+    indexed = list(numbers.start_index_map)
+    view: list[Entry] = []
+    for d, (length, size) in enumerate(zip(operand.shape, params["slice_sizes"], strict=True)):
+        if d in paired:
+            view.append(Along(batch[numbers.start_indices_batching_dims[paired.index(d)]]))
+            continue
+        axis = None if d in numbers.collapsed_slice_dims else next(offsets)
+        start = columns[indexed.index(d)] if d in indexed else constant(0)
+        view.append(_window(axis, start, size, length, mode))
+    if len(views) > CAP:
+        views = [(*map(Along, batch), ALL)]
+    return [[Read(0, tuple(view), "index is not known"), *(Read(1, v) for v in views)]]
+
+
+class _Target:
+    """Builds the view of an update written into an operand: where each output element reads it."""
+
+    def __init__(self, rank: int) -> None:
+        self.view: list[Entry] = [ALL] * rank
+        self.place: tuple[int, Const | Along] | None = None
+
+    def write(self, d: int, length: int, axis: int | None, size: int, start: Known | None, mode: str) -> None:
+        """Write along axis `d` of the operand a window of `size` that runs along `axis` of the update."""
+        if size == length and axis is not None:
+            self.view[axis] = Along(d)
+            return
+        if start is None:
+            return
+        entry: Entry = start.entry
+        if not start.within(0, length - size) and "DROP" not in mode:
+            if "CLIP" not in mode or not isinstance(entry, Const):
+                return
+            entry = Const(min(max(entry.index, 0), length - size))
+        if isinstance(entry, Const):
+            if axis is not None:
+                self.view[axis] = Along(d, -entry.index)
+            if size == 1 and self.place is None:
+                self.place = (d, entry)
+        elif isinstance(entry, Along) and size == 1 and entry.stride in (1, -1):
+            if entry.axis < 0:
+                self.place = (d, entry)
+            else:  # solve out = offset + stride*index for the index of the update
+                self.view[entry.axis] = Along(d, -entry.stride * entry.offset, entry.stride)
+
+
+def _dynamic_update_slice(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
+    operand, update, *starts = args
+    if len(starts) != len(operand.shape):
+        raise Unsupported
+    target = _Target(len(update.shape))
+    for d, length in enumerate(operand.shape):
+        target.write(d, length, d, update.shape[d], starts[d].known, "CLIP")
+    written = Read(1, tuple(target.view), "update at an unknown index", target.place)
+    return [[Read(0), written, *(Read(i + 2, ()) for i in range(len(starts)))]]
+
+
+def _scatter(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
+    numbers, mode = params["dimension_numbers"], str(params["mode"])
+    operand, indices, updates = args
+    target = _Target(len(updates.shape))
+    batch = [u for u in range(len(updates.shape)) if u not in numbers.update_window_dims]
+    _, columns = _columns(indices, batch, indices.shape[-1])
+    windows = iter(numbers.update_window_dims)
+    paired = list(numbers.operand_batching_dims)
+    indexed = list(numbers.scatter_dims_to_operand_dims)
+    index: list[Entry] = [ALL] * len(indices.shape)
+    for d, length in enumerate(operand.shape):
+        if d in paired:
+            b = numbers.scatter_indices_batching_dims[paired.index(d)]
+            target.view[batch[b]] = index[b] = Along(d)
+            continue
+        axis = None if d in numbers.inserted_window_dims else next(windows)
+        size = 1 if axis is None else updates.shape[axis]
+        start = columns[indexed.index(d)] if d in indexed else constant(0)
+        target.write(d, length, axis, size, start, mode)
+    written = Read(2, tuple(target.view), "scatter at an unknown index", target.place)
+    return [[Read(0), Read(1, tuple(index), "scatter index"), written]]
+
+
+INDEXING: dict[str, Rule] = {
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "scatter": _scatter,
+    **{f"scatter-{op}": _scatter for op in ("add", "sub", "mul", "min", "max")},
+}

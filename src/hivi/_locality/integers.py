@@ -1,0 +1,206 @@
+"""Integers known from their indices, so that indexing by them stays exact.
+
+An integer array whose value is `stride*index + offset` along one axis (an `arange`, a loop counter,
+a constant) is described by the same kind of entry as a latent axis. Such arrays are the indices of
+`z[3]`, `z[idx + 1]`, or `z[t]` in a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
+from hivi._locality.base import ALL, CAP, Along, Arr, Const, Entry, Known, Params, Shape, constant
+
+_FIT_LIMIT = 1 << 22  # constants with more elements are not looked at
+
+Maybe = Known | None
+
+
+def _concrete(value: Any) -> np.ndarray | None:
+    """The integers of a constant, or None where there are none to read."""
+    dtype = np.dtype(int) if isinstance(value, int) else getattr(value, "dtype", None)
+    if isinstance(value, Tracer) or not isinstance(dtype, np.dtype) or dtype.kind not in "iub":
+        return None  # (random keys have a dtype of their own)
+    if not 0 < np.size(value) <= _FIT_LIMIT or dtype == np.uint64:
+        return None
+    return np.asarray(value)
+
+
+def fit_columns(value: Any) -> tuple[Maybe, ...] | None:
+    """Describe a concrete array at each index of its last axis."""
+    array = _concrete(value)
+    return None if array is None else tuple(fit(array[..., j]) for j in range(array.shape[-1]))
+
+
+def fit(value: Any) -> Maybe:
+    """Describe a concrete array, or None unless it is an integer array affine in one index."""
+    array = _concrete(value)
+    if array is None:
+        return None
+    first = int(array.flat[0])
+    if array.size == 1:
+        return constant(first)
+    steps = []
+    for axis, size in enumerate(array.shape):
+        if size > 1:
+            step = int(array[tuple(int(d == axis) for d in range(array.ndim))]) - first
+            steps += [(axis, step)] if step else []
+    if not steps:
+        return constant(first) if np.all(array == array.flat[0]) else None
+    axis, step = steps[0]
+    shape = [1] * array.ndim
+    shape[axis] = array.shape[axis]
+    line = (first + step * np.arange(array.shape[axis], dtype=np.int64)).reshape(shape)
+    if len(steps) > 1 or not np.all(array == line):
+        return None
+    return along(axis, first, step, array.shape[axis])
+
+
+def along(axis: int, offset: int, stride: int, size: int) -> Known:
+    """The array `offset + stride*index` for the `size` indices of an axis (or steps of a loop)."""
+    last = offset + stride * (size - 1)
+    return Known(Along(axis, offset, stride) if stride else Const(offset), min(offset, last), max(offset, last))
+
+
+def _plus(x: Entry, y: Entry) -> Entry:
+    """Sum of two known arrays."""
+    if isinstance(x, Const) and isinstance(y, Const):
+        return Const(x.index + y.index)
+    if isinstance(x, Along) and isinstance(y, Const):
+        return Along(x.axis, x.offset + y.index, x.stride)
+    if isinstance(x, Const) and isinstance(y, Along):
+        return _plus(y, x)
+    if isinstance(x, Along) and isinstance(y, Along) and x.axis == y.axis:
+        stride, offset = x.stride + y.stride, x.offset + y.offset
+        return Along(x.axis, offset, stride) if stride else Const(offset)
+    return ALL
+
+
+def _add(a: Known, b: Known) -> Maybe:
+    entry = _plus(a.entry, b.entry)
+    if isinstance(entry, Along):
+        return Known(entry, a.low + b.low, a.high + b.high)
+    return constant(entry.index) if isinstance(entry, Const) else None
+
+
+def _mul(a: Known, b: Known) -> Maybe:
+    if isinstance(a.entry, Const):
+        a, b = b, a
+    if not isinstance(b.entry, Const):
+        return None
+    factor, entry = b.entry.index, a.entry
+    if isinstance(entry, Const) or not factor:
+        return constant(factor * a.low)
+    low, high = sorted((factor * a.low, factor * a.high))
+    return Known(Along(entry.axis, factor * entry.offset, factor * entry.stride), low, high)
+
+
+def _max(a: Known, b: Known) -> Maybe:
+    return a if a.low >= b.high else b if b.low >= a.high else None
+
+
+def _min(a: Known, b: Known) -> Maybe:
+    return a if a.high <= b.low else b if b.high <= a.low else None
+
+
+def _rem(a: Known, b: Known) -> Maybe:
+    if isinstance(a.entry, Const) and isinstance(b.entry, Const) and b.low:
+        size = abs(a.low) % abs(b.low)
+        return constant(size if a.low >= 0 else -size)  # the sign of the dividend, as in C
+    return a if a.low >= 0 and a.high < b.low else None
+
+
+def _truth(yes: bool, no: bool) -> Maybe:
+    return constant(1) if yes else constant(0) if no else None
+
+
+def _eq(a: Known, b: Known) -> Maybe:
+    return _truth(a.entry == b.entry, a.high < b.low or b.high < a.low)
+
+
+_BINARY: dict[str, Callable[[Known, Known], Maybe]] = {
+    "add": _add,
+    "sub": lambda a, b: (minus := _mul(b, constant(-1))) and _add(a, minus),
+    "mul": _mul,
+    "max": _max,
+    "min": _min,
+    "rem": _rem,
+    "eq": _eq,
+    "ne": lambda a, b: (same := _eq(a, b)) and constant(1 - same.low),
+    "lt": lambda a, b: _truth(a.high < b.low, a.low >= b.high),
+    "le": lambda a, b: _truth(a.high <= b.low, a.low > b.high),
+    "gt": lambda a, b: _truth(a.low > b.high, a.high <= b.low),
+    "ge": lambda a, b: _truth(a.low >= b.high, a.high < b.low),
+}
+
+
+def _logical(name: str, args: Sequence[Maybe]) -> Maybe:
+    """Boolean and, or, not. One operand may decide the result alone."""
+    values = [a.low if a and isinstance(a.entry, Const) else None for a in args]
+    if name == "not":
+        return None if values[0] is None else constant(1 - values[0])
+    decisive = 0 if name == "and" else 1
+    if decisive in values:
+        return constant(decisive)
+    return None if None in values else constant(1 - decisive)
+
+
+def _choose(name: str, args: Sequence[Maybe]) -> Maybe:
+    """select_n and clamp."""
+    first, *rest = args
+    if name == "select_n":
+        if first and isinstance(first.entry, Const):
+            return rest[first.entry.index] if 0 <= first.entry.index < len(rest) else None
+        return rest[0] if all(r == rest[0] for r in rest) else None
+    value, top = rest
+    if first is None or value is None or top is None:
+        return None
+    raised = _max(value, first)
+    return raised and _min(raised, top)
+
+
+FOLDED = frozenset(_BINARY) | {"and", "or", "not", "select_n", "clamp", "neg", "convert_element_type"}
+"""Elementwise primitives through which known integers are followed."""
+
+
+def fold(name: str, args: Sequence[Maybe], dtype: np.dtype) -> Maybe:
+    """Value of an elementwise primitive of `FOLDED`; its operands are already seen along the output."""
+    result: Maybe = None
+    if name in ("and", "or", "not"):
+        result = _logical(name, args) if dtype == np.bool_ else None
+    elif name in ("select_n", "clamp"):
+        result = _choose(name, args)
+    elif (a := args[0]) is None:
+        return None
+    elif name == "neg":
+        result = _mul(a, constant(-1))
+    elif name == "convert_element_type":
+        result = a
+    elif (b := args[1]) is not None:
+        result = _BINARY[name](a, b)
+    if result is None:
+        return None
+    info = (0, 1) if dtype == np.bool_ else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+    return result if result.within(*info) else None  # beyond these bounds the machine integer wraps round
+
+
+def side_by_side(name: str, params: Params, args: Sequence[Arr], shape: Shape) -> tuple[Maybe, ...] | None:
+    """Known integers at each index of the last axis, of index arrays put side by side."""
+    if name == "convert_element_type":
+        return args[0].columns
+    if name not in ("concatenate", "stack") or not shape or shape[-1] > CAP:
+        return None
+    if params["dimension" if name == "concatenate" else "axis"] != len(shape) - 1:
+        return None
+    if name == "stack":
+        return tuple(a.known for a in args)
+    found: list[Maybe] = []
+    for a in args:
+        rest = [Along(d) for d in range(len(shape) - 1)]
+        views = [(*rest, Const(j)) for j in range(a.shape[-1])]
+        found += a.columns or [a.known and a.known.seen(view) for view in views]
+    return tuple(found)

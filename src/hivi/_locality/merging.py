@@ -1,0 +1,100 @@
+"""Sets of axis maps: kept pairwise disjoint, so that no coordinate is counted twice at one element."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from hivi._locality.base import ALL, CAP, Along, AxisMap, Const, Entry, Maps, Scope, Shape, compose
+
+Place = tuple[int, Const | Along]
+
+
+def _disjoint(a: AxisMap, b: AxisMap) -> bool:
+    """Whether no coordinate can reach the same element through both maps."""
+    return any(_apart(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _apart(x: Entry, y: Entry) -> bool:
+    if isinstance(x, Const) and isinstance(y, Const):
+        return x.index != y.index
+    if isinstance(x, Along) and isinstance(y, Along):
+        return (x.axis, x.stride) == (y.axis, y.stride) and x.offset != y.offset
+    return False
+
+
+def join(maps: Iterable[AxisMap]) -> AxisMap:
+    """One map that covers all: entries that agree stay."""
+    return tuple(column[0] if all(e == column[0] for e in column) else ALL for column in zip(*maps, strict=True))
+
+
+def _hits(entry: Entry, shape: Shape, size: int) -> bool:
+    """Whether the entry reaches any index of a latent axis of this size."""
+    if isinstance(entry, Const):
+        return 0 <= entry.index < size
+    if isinstance(entry, Along) and entry.axis >= 0:
+        ends = entry.offset, entry.offset + entry.stride * (shape[entry.axis] - 1)
+        return max(ends) >= 0 and min(ends) < size
+    return True
+
+
+def reachable(scope: Scope, shape: Shape, sizes: dict[str, Shape]) -> Scope:
+    """Scope without the maps that fall outside the latent for every element."""
+    kept: Scope = {}
+    if 0 in shape:
+        return kept
+    for site, maps in scope.items():
+        inside = frozenset(m for m in maps if all(_hits(e, shape, n) for e, n in zip(m, sizes[site], strict=True)))
+        if inside:
+            kept[site] = inside
+    return kept
+
+
+def merge(maps: set[AxisMap], shape: Shape, size: Shape) -> tuple[Maps, str]:
+    """Maps of a set made pairwise disjoint by joining, and what was lost by it (or "")."""
+    if len(maps) == 1:
+        return frozenset(maps), ""
+    point = tuple(Const(0) if n == 1 else Along(d) for d, n in enumerate(shape))  # one way to write size-1 axes
+    plain = {tuple(compose(e, point) for e in m) for m in maps}
+    result: list[AxisMap] = []
+    reason = ""
+    for m in sorted(plain):
+        if not all(_hits(e, shape, n) for e, n in zip(m, size, strict=True)):
+            continue
+        while clash := next((r for r in result if not _disjoint(r, m)), None):
+            result.remove(clash)
+            joined = join((clash, m))
+            reason = reason if joined in (clash, m) else "one coordinate is used at several places"
+            m = joined
+        result.append(m)
+        if len(result) > CAP:
+            return frozenset({join(plain)}), f"more than {CAP} places"
+    return frozenset(result), reason
+
+
+def _placed(m: AxisMap, place: Place, fixed: Sequence[bool]) -> AxisMap:
+    """The same dependence of elements that lie at one index of an output axis, said by their index."""
+    axis, where = place
+    entries: list[Entry] = []
+    for e, stay in zip(m, fixed, strict=True):
+        if isinstance(where, Const) and not stay and isinstance(e, Const):
+            e = Along(axis, e.index - where.index)
+        elif isinstance(where, Const) and not stay and isinstance(e, Along) and e.axis == axis:
+            e = Along(axis, e.offset + (e.stride - 1) * where.index)
+        elif isinstance(where, Along) and isinstance(e, Along) and e.axis == where.axis:
+            # index = offset + stride*step with stride +-1, solved for the step of the loop
+            e = Along(axis, e.offset - e.stride * where.stride * where.offset, e.stride * where.stride)
+        entries.append(e)
+    return tuple(entries)
+
+
+def merge_reads(found: list[tuple[AxisMap, Place | None]], shape: Shape, size: Shape) -> tuple[Maps, str]:
+    """Merge the maps of all reads, in the better of two spellings for those that are placed."""
+    raw = {m for m, _ in found}
+    looped = any(place and isinstance(place[1], Along) for _, place in found)
+    plain = merge(raw, shape, size)
+    if not any(place for _, place in found) or (len(raw) == 1 and not looped):
+        return plain
+    fixed = [all(e == column[0] for e in column) for column in zip(*raw, strict=True)]
+    placed = merge({_placed(m, place, fixed) if place else m for m, place in found}, shape, size)
+    choices = [placed, plain] if looped else [plain, placed]  # a loop's array is written step by step
+    return min(choices, key=lambda choice: (max((m.count(ALL) for m in choice[0]), default=0), len(choice[0])))

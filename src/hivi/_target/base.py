@@ -1,0 +1,175 @@
+"""A target: the sites of a model and its log-joint as local factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hivi._errors import TargetError, message
+from hivi._factored import Factored
+from hivi._space import Latents, Plate, Site, constrain
+from hivi._tree import Key, PyTree
+
+Rows = dict[str, Array]
+"""Row numbers of a minibatch: subsampled plate -> integer array of its batch size."""
+
+
+class Target(eqx.Module):
+    """An unnormalised log-density log p(x, z) over named latent sites.
+
+    Made by `hivi.from_log_joint`, `hivi.from_numpyro` and their relatives. Continuous sites are in unconstrained
+    coordinates (the Jacobian is one of the factors), discrete ones hold integers.
+
+    Attributes:
+        name: what messages call it.
+        sites: the latent sites; static.
+        factored: log p as a sum of local factors of (z, data, rows).
+        data: arrays that the model reads; arguments of every compiled use, so that new data of the same shapes
+            compile nothing anew.
+        plates: the subsampled plates.
+        notes: what was decided while the model was read, for `hivi.explain`.
+    """
+
+    name: str = eqx.field(static=True)
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    factored: Factored
+    data: PyTree
+    plates: tuple[Plate, ...] = eqx.field(static=True, default=())
+    notes: tuple[str, ...] = eqx.field(static=True, default=())
+    constrainer: Callable[..., Latents] | None = None
+
+    def site(self, name: str) -> Site:
+        """The site of that name.
+
+        Raises:
+            TargetError: there is none.
+        """
+        for s in self.sites:
+            if s.name == name:
+                return s
+        raise TargetError(message(f"site {name!r}", "no such latent", f"one of {[s.name for s in self.sites]}", "check it"))
+
+    def all_rows(self) -> Rows:
+        """The first `batch` rows of every subsampled plate."""
+        return {p.name: jnp.arange(p.batch) for p in self.plates}
+
+    def minibatch(self, key: Key) -> Rows:
+        """Rows drawn without replacement, uniformly, from every subsampled plate."""
+        keys = jax.random.split(key, max(len(self.plates), 1))
+        return {
+            p.name: jax.random.permutation(k, p.size)[: p.batch] for p, k in zip(self.plates, keys, strict=False)
+        }
+
+    def terms(self, z: Latents, rows: Rows | None = None) -> list[Array]:
+        """The factor arrays at one z, unweighted and before their sums."""
+        return self.factored.terms(z, self.data, self.all_rows() if rows is None else rows)
+
+    def log_joint(self, z: Latents, rows: Rows | None = None) -> Float[Array, ""]:
+        """log p(x, z) in nats, in the engine's coordinates; with a minibatch an unbiased estimate."""
+        return self.factored.total(self.terms(z, rows))
+
+    def constrain(self, z: Latents) -> Latents:
+        """Map one draw from the engine's coordinates to the model's own space."""
+        if self.constrainer is not None:
+            return self.constrainer(z)
+        return constrain(self.sites, z)
+
+
+def full_size(target: Target) -> bool:
+    """Whether every plate is seen whole."""
+    return all(p.batch == p.size for p in target.plates)
+
+
+def check_start(target: Target, draws: Mapping[str, Array]) -> None:
+    """Refuse a log-joint that is not a number somewhere it must be.
+
+    Args:
+        target: the target.
+        draws: site -> values with a leading axis over draws, in the engine's coordinates.
+
+    Raises:
+        TargetError: NaN in a factor (naming it and the first element), or -inf or +inf at every draw.
+    """
+    terms = jax.vmap(target.terms)(dict(draws))
+    for factor, values in zip(target.factored.factors, terms, strict=True):
+        bad = jnp.isnan(values)
+        if bool(bad.any()):
+            first = [int(i) for i in jnp.argwhere(bad)[0][1:]]
+            raise TargetError(
+                message(
+                    f"factor {factor.name!r}",
+                    f"NaN at element {first}" if first else "NaN",
+                    "a finite log-probability",
+                    "look for missing values in the data (mask them before they enter the density, with jnp.where "
+                    "on the data) and for parameters outside their range",
+                )
+            )
+    for factor, values in zip(target.factored.factors, terms, strict=True):
+        flat = values.reshape(values.shape[0], -1)
+        if bool(jnp.all(jnp.any(jnp.isinf(flat), -1))):
+            element = [int(i) for i in jnp.argwhere(jnp.isinf(values))[0][1:]]
+            raise TargetError(
+                message(
+                    f"factor {factor.name!r}",
+                    f"an infinite log-probability at every one of {values.shape[0]} starting draws (element {element})",
+                    "a finite log-probability where q puts its mass",
+                    "check that observations lie in their distribution's support, and that no latent value is impossible",
+                )
+            )
+
+
+def explain(target: Target) -> str:
+    """Describe a target: its sites, its factors with their scopes, and where locality was lost and why.
+
+    Args:
+        target: any target.
+
+    Returns:
+        A table as text. A scope like `z[i, *]` says: element i of the factor touches row i, and any column.
+
+    Example:
+        >>> import hivi
+        >>> target = hivi.from_log_joint(lambda z: -z["x"] ** 2, latents={"x": hivi.Latent()})
+        >>> print(hivi.explain(target).splitlines()[0])
+        target log_joint: 1 latent site, 1 factor
+    """
+    count, factors = len(target.sites), len(target.factored.factors)
+    lines = [
+        f"target {target.name}: {count} latent site{'s' * (count != 1)}, {factors} factor{'s' * (factors != 1)}",
+        "",
+        "sites",
+    ]
+    for s in target.sites:
+        plates = ", ".join(f"{name} (axis {axis})" for name, axis in s.plates) or "-"
+        local = "" if s.local is None else f"  minibatches of {s.local[0].batch} of {s.local[0].size}"
+        lines.append(f"  {s.name:<16} shape {s.shape!s:<14} {s.values.kind:<9} plates {plates}{local}")
+    lines += ["", "factors"]
+    for f in target.factored.factors:
+        scope = ", ".join(_maps(name, maps) for name, maps in f.scope) or "(no latent)"
+        lines.append(f"  {f.name:<16} shape {f.shape!s:<14} weight {f.weight:<9.4g} touches {scope}")
+    losses = sorted({(x.site, x.primitive, x.reason) for x in target.factored.program.losses})
+    lines += ["", "locality lost" if losses else "locality lost: nowhere"]
+    lines += [f"  {site}: {primitive}: {reason}" for site, primitive, reason in losses]
+    if target.notes:
+        lines += ["", "notes", *(f"  {note}" for note in target.notes)]
+    return "\n".join(lines)
+
+
+def _maps(site: str, maps: Any) -> str:
+    return " and ".join(sorted(f"{site}[{', '.join(_entry(e) for e in m)}]" for m in maps))
+
+
+def _entry(entry: Any) -> str:
+    kind = type(entry).__name__
+    if kind == "All":
+        return "*"
+    if kind == "Const":
+        return str(entry.index)
+    letter = "ijklmnop"[entry.axis]
+    stride = "" if entry.stride == 1 else f"{entry.stride}"
+    return f"{stride}{letter}{entry.offset:+d}" if entry.offset else f"{stride}{letter}"

@@ -1,0 +1,98 @@
+"""`from_log_joint`: a target from any function of a dict of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import biject_to
+
+from hivi._errors import TargetError, message
+from hivi._factored import Difference, factorise
+from hivi._space import Latent, Latents, Site, make_site
+from hivi._target.base import Target
+
+
+def from_log_joint(
+    log_joint: Callable[..., Any],
+    latents: Mapping[str, Latent],
+    *,
+    data: Any = None,
+    differences: Mapping[tuple[str, str], Difference] | None = None,
+) -> Target:
+    """Make a target from a log-joint.
+
+    Args:
+        log_joint: function of a dict site -> value (in the latents' own, constrained space), and of `data` if that is
+            given. It returns log p(x, z) in nats as a scalar, or an array or dict of arrays whose total it is.
+        latents: site -> its shape and support.
+        data: optional PyTree of arrays, passed as second argument; new data of the same shapes compile nothing anew.
+            Arrays that the function closes over are treated likewise.
+        differences: optional closed forms: (term name, discrete site) -> `fn(z, moved, data, rows)`, the change of that
+            whole term when one coordinate at a time takes its value in `moved`, as an array of the site's shape.
+
+    Raises:
+        TargetError: no latents, an unusable support, or a result that is not a real number.
+
+    Example:
+        >>> import hivi, jax.numpy as jnp
+        >>> from numpyro.distributions import constraints
+        >>> table = jnp.log(jnp.array([[0.1, 0.4], [0.4, 0.1]]))
+        >>> target = hivi.from_log_joint(
+        ...     lambda z: table[z["z"][0], z["z"][1]],
+        ...     latents={"z": hivi.Latent(shape=(2,), support=constraints.boolean)},
+        ... )
+        >>> [s.name for s in target.sites]
+        ['z']
+    """
+    if not latents:
+        raise TargetError(message("from_log_joint", "no latents", "at least one", "describe them with hivi.Latent"))
+    sites = tuple(_site(name, latent) for name, latent in latents.items())
+
+    def terms(z: Latents, data: Any, rows: dict[str, Any]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        out: dict[str, Any] = {}
+        for s in sites:
+            value, jacobian = constrain_with_jacobian(s, z[s.name])
+            values[s.name] = value
+            if jacobian is not None:
+                out[f"jacobian({s.name})"] = jacobian
+        result = log_joint(values) if data is None else log_joint(values, data)
+        named = dict(result) if isinstance(result, Mapping) else {"log_joint": result}
+        return out | {str(name): value for name, value in named.items()}
+
+    example = {s.name: s.example() for s in sites}
+    try:
+        factored = factorise(terms, example, data, {}, overrides=differences)
+    except jax.errors.JAXTypeError as error:
+        raise TargetError(traced_control_flow("log_joint", error)) from error
+    return Target("log_joint", sites, factored, jax.tree.map(jnp.asarray, data))
+
+
+def _site(name: str, latent: Latent) -> Site:
+    if not isinstance(latent, Latent):
+        raise TargetError(message(f"latent {name!r}", repr(latent), "a hivi.Latent", "hivi.Latent(shape=..., support=...)"))
+    return make_site(name, tuple(latent.shape), latent.support, tuple(latent.plates.items()))
+
+
+def constrain_with_jacobian(site: Site, value: Any) -> tuple[Any, Any]:
+    """The value in the model's space, and the log-Jacobian of its transform (None where it is constant)."""
+    if site.discrete or site.support is None:
+        return value, None
+    transform = biject_to(site.support)
+    constrained = transform(value)
+    jacobian = transform.log_abs_det_jacobian(value, constrained)
+    return constrained, (None if not jnp.ndim(value) and isinstance(jacobian, float) and jacobian == 0.0 else jacobian)
+
+
+def traced_control_flow(where: str, error: Exception) -> str:
+    """Message for Python control flow on a latent's value."""
+    first = str(error).strip().splitlines()[0]
+    return message(
+        where,
+        f"Python control flow or NumPy code that needs the value of a latent ({first})",
+        "code that JAX can trace",
+        "use jnp.where or jax.lax.cond instead of `if`, and jax.numpy instead of numpy, on latents",
+    )

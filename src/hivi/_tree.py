@@ -1,0 +1,30 @@
+"""Small PyTree helpers and type aliases."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+PyTree: TypeAlias = Any
+Key: TypeAlias = PRNGKeyArray
+
+
+def value_zero(x: Array) -> Array:
+    """A quantity with value 0 and the gradient of `x`."""
+    return x - jax.lax.stop_gradient(x)
+
+
+def finite(tree: PyTree) -> Array:
+    """Whether every floating-point leaf is finite; a boolean scalar."""
+    leaves = [x for x in jax.tree.leaves(tree) if eqx.is_inexact_array(x)]
+    checks = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return jnp.all(jnp.stack(checks)) if checks else jnp.array(True)
+
+
+def select(keep: Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the boolean scalar `keep` holds, else `old`, leaf by leaf; keys included."""
+    return jax.tree.map(lambda a, b: jax.lax.select(keep, a, b) if eqx.is_array(a) else a, new, old)

@@ -1,0 +1,66 @@
+"""What every test shares: the JAX set-up, run-time type checks, and the fixtures `x64` and `hivi_data`."""
+
+from __future__ import annotations
+
+import os
+
+# Before JAX (or a BLAS) is imported. Two CPU devices, so that code for several devices is tested everywhere;
+# one BLAS thread per worker, since the suite already runs one worker per core.
+_DEVICES = "--xla_force_host_platform_device_count"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=2".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+os.environ["MPLBACKEND"] = "Agg"
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jaxtyping
+import pytest
+
+# Check every annotation of hivi, shapes included, at run time. Must come before the first `import hivi`.
+if os.environ.get("HIVI_TYPECHECK", "1") != "0":
+    jaxtyping.install_import_hook("hivi", "beartype.beartype")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs for the length of the run.
+
+    Tests build the same small programs again and again from new closures, which `jax.jit` compiles afresh;
+    reading them back takes a fifth of the time, and the numbers are the same. One folder per worker: JAX does
+    not write these files atomically, and a half-written one is a warning, hence an error.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = tempfile.TemporaryDirectory(prefix="hivi-compiled-")
+        config.add_cleanup(folder.cleanup)
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Run the test in double precision.
+
+    `jax.enable_x64` is the public context manager, not deprecated in JAX 0.10 nor in the documentation of the
+    version after it; `jax.experimental.enable_x64` is gone.
+    """
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def hivi_data() -> Path:
+    """The folder of data sets: $HIVI_DATA, else `shared/data` beside the checkout; skips where there is none."""
+    named = os.environ.get("HIVI_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        if named:
+            pytest.fail(f"HIVI_DATA names {named}, which is not a folder")
+        pytest.skip("no data sets: set HIVI_DATA to their folder, or put it at shared/data beside the checkout")
+    return folder

@@ -1,0 +1,648 @@
+"""The axis-map interpreter: exact on the idioms that matter, and sound on programs made at random.
+
+Soundness is checked by brute force: change one coordinate of a small latent, run the program again,
+and every element that changed must be reached by one of the maps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from hivi._locality import axes
+from hivi._locality.base import ALL, All, Along, Const, Loss, Read, Scope, identity, total
+
+VALUES = 3
+
+
+def run(fn: Callable[..., Any], *args: Any, sites: Sequence[str | None] = ("z",)) -> tuple[list[Scope], list[Loss]]:
+    """Scopes of `fn`; arguments beyond `sites` are data."""
+    closed = jax.make_jaxpr(fn)(*args)
+    seeds = [*sites, *[None] * (len(closed.jaxpr.invars) - len(sites))]
+    return axes.scopes(closed.jaxpr, seeds, closed.consts)
+
+
+def maps(fn: Callable[..., Any], *args: Any, sites: Sequence[str | None] = ("z",)) -> Any:
+    """The maps of site z in the one output of `fn`."""
+    (scope,), _ = run(fn, *args, sites=sites)
+    return scope.get("z", frozenset())
+
+
+# Precision
+
+SCALAR, VECTOR, MATRIX = jnp.int32(1), jnp.zeros(6, jnp.int32), jnp.zeros((4, 5), jnp.int32)
+REAL = jnp.zeros((4, 5))
+A0, A1 = Along(0), Along(1)
+ROW = {(A0, ALL)}
+SAME1, SAME2 = {(A0,)}, {(A0, A1)}
+PAIR = {(A0,), (Along(0, 1),)}
+
+
+def stop_and_go(x: jax.Array) -> jax.Array:
+    return jax.checkpoint(lambda y: lax.stop_gradient(jnp.sin(y)))(jax.jit(jax.nn.softplus)(x * 1.0))
+
+
+PRECISE: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
+    "plate": (lambda z: jnp.where(z > 1, jax.nn.relu(z * 2.0), jax.scipy.special.gammaln(z + 1.0)), MATRIX, SAME2),
+    "scalar": (lambda z: z * jnp.ones(3), SCALAR, {()}),
+    "calls": (stop_and_go, MATRIX, SAME2),
+    "xlogy": (lambda z: jax.scipy.special.xlogy(z, z + 1.0), MATRIX, SAME2),
+    "transpose": (lambda z: z.T == 1, MATRIX, {(A1, A0)}),
+    "item": (lambda z: z[3], VECTOR, {(Const(3),)}),
+    "last item": (lambda z: z[-1], VECTOR, {(Const(5),)}),
+    "item of two": (lambda z: z[1, 2], MATRIX, {(Const(1), Const(2))}),
+    "column": (lambda z: z[:, 2], MATRIX, {(A0, Const(2))}),
+    "tail": (lambda z: z[1:], VECTOR, {(Along(0, 1),)}),
+    "strided": (lambda z: z[1::2], VECTOR, {(Along(0, 1, 2),)}),
+    "flip": (lambda z: z[::-1], VECTOR, {(Along(0, 5, -1),)}),
+    "neighbours": (lambda z: z[:-1] * z[1:], VECTOR, PAIR),
+    "diff": (jnp.diff, VECTOR, PAIR),
+    "roll": (lambda z: jnp.roll(z, 1), VECTOR, {(Along(0, -1),), (Along(0, 5),)}),
+    "roll tail": (lambda z: jnp.roll(z, 1)[1:] * z[1:], VECTOR, PAIR),
+    "grid": (
+        lambda z: z[1:, 1:] * z[:-1, 1:] * z[1:, :-1],
+        MATRIX,
+        {(Along(0, 1), Along(1, 1)), (A0, Along(1, 1)), (Along(0, 1), A1)},
+    ),
+    "pad": (lambda z: jnp.pad(z, ((1, 2), (0, 0))), MATRIX, {(Along(0, -1), A1)}),
+    "crossed plates": (lambda z: z[:, :1] * jnp.ones((1, 3)), MATRIX, {(A0, Const(0))}),
+    "size 1": (lambda z: z[2:3] + jnp.ones(4), VECTOR, {(Const(2),)}),
+    "two items": (lambda z: z[0] * z[4], VECTOR, {(Const(0),), (Const(4),)}),
+    "sum of size 1": (lambda z: z[:, 1:2].sum(1), MATRIX, {(A0, Const(1))}),
+    "row sums": (lambda z: z.sum(1), MATRIX, ROW),
+    "softmax": (lambda z: z - jax.nn.logsumexp(z, -1, keepdims=True), REAL, ROW),
+    "argmax": (lambda z: jnp.argmax(z, 1), MATRIX, ROW),
+    "cumsum": (lambda z: jnp.cumsum(z, 1), MATRIX, ROW),
+    "sort": (lambda z: jnp.sort(z, 1), MATRIX, ROW),
+    "argsort": (lambda z: jnp.argsort(z, 1), MATRIX, ROW),
+    "top k": (lambda z: lax.top_k(z, 2)[0], MATRIX, ROW),
+    "product": (lambda z: z @ jnp.ones((5, 2), jnp.int32), MATRIX, ROW),
+    "product from the left": (lambda z: jnp.ones((2, 4), jnp.int32) @ z, MATRIX, {(ALL, A1)}),
+    "batched product": (lambda z: jnp.einsum("ij,ijk->ik", z, jnp.ones((4, 5, 2))), MATRIX, ROW),
+    "one-hot": (lambda z: jax.nn.one_hot(z, 3) @ jnp.ones((3, 2)), VECTOR, SAME1),
+    "reshape": (lambda z: z[:, None].reshape(4, 5, 1, 1)[..., 0] * 1, MATRIX, SAME2),
+    "tile": (lambda z: jnp.tile(z, 2), VECTOR, {(A0,), (Along(0, -6),)}),
+    "stack": (lambda z: jnp.stack([z[i] for i in range(6)]), VECTOR, SAME1),
+    "stack of pairs": (lambda z: jnp.array([z[i] * z[i + 1] for i in range(5)]), VECTOR, PAIR),
+    "stack of columns": (lambda z: jnp.stack([z[:, i] for i in range(5)], 1), MATRIX, SAME2),
+    "stack of rows": (lambda z: jnp.stack([z[2], z[2] + 1]), MATRIX, {(Const(2), A1)}),
+    "concatenate": (lambda z: jnp.concatenate([z[:2], z[2:] * 2]), MATRIX, SAME2),
+    "matrix routine": (
+        jax.vmap(lambda r: jnp.linalg.cholesky(jnp.diag(r**2 + 1.0))),
+        REAL,
+        ROW,
+    ),
+    "where": (lambda z: jnp.where(z[0] > 1, 1.0, z), VECTOR, {(ALL,)}),
+    "where of another": (lambda z: jnp.where(z[0] > 1, 1.0, z[1]), VECTOR, {(Const(0),), (Const(1),)}),
+}
+
+INDEXED: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
+    "arange": (lambda z: z[jnp.arange(5)], VECTOR, SAME1),
+    "arange + 1": (lambda z: z[jnp.arange(5) + 1] * z[jnp.arange(5)], VECTOR, PAIR),
+    "constants": (lambda z: z[np.array([0, 2, 4])], VECTOR, {(Along(0, 0, 2),)}),
+    "diagonal": (lambda z: z[jnp.arange(4), jnp.arange(4) + 1], MATRIX, {(A0, Along(0, 1))}),
+    "constant row": (lambda z: z[np.array([1, 1, 1])], MATRIX, {(Const(1), A1)}),
+    "vmap": (lambda z: jax.vmap(lambda i: z[i] * z[i + 1])(jnp.arange(5)), VECTOR, PAIR),
+    "vmap twice": (
+        lambda z: jax.vmap(lambda i: jax.vmap(lambda j: z[i, j + 1])(jnp.arange(4)))(jnp.arange(4)),
+        MATRIX,
+        {(A0, Along(1, 1))},
+    ),
+    "modulo": (lambda z: z[jnp.arange(5) % 6], VECTOR, SAME1),
+    "table": (lambda z: jnp.arange(7.0)[z], VECTOR, SAME1),
+    "pair table": (lambda z: jnp.ones((6, 6))[z[0], z[1]], VECTOR, {(Const(0),), (Const(1),)}),
+    "pairs table": (lambda z: jnp.ones((6, 6))[z[:-1], z[1:]], VECTOR, PAIR),
+    "rows table": (lambda z: jnp.ones((6, 6))[z[0], z[1]], MATRIX, {(Const(0), A0), (Const(1), A0)}),
+    "categorical": (lambda z: jnp.ones((6, 3))[jnp.arange(6), z], VECTOR, SAME1),
+    "take along": (lambda z: jnp.take_along_axis(jnp.ones((6, 3)), z[:, None], 1)[:, 0], VECTOR, SAME1),
+    "taken along": (lambda z: jnp.take_along_axis(z, jnp.ones((4, 2), jnp.int32), 1), MATRIX, {(A0, Const(1))}),
+    "set item": (lambda z: z.at[2].set(z[3]), VECTOR, PAIR),
+    "set row": (lambda z: z.at[2].set(z[0]), MATRIX, {(A0, A1), (Along(0, -2), A1)}),
+    "set range": (lambda z: z.at[jnp.arange(3)].add(z[3:]), VECTOR, {(A0,), (Along(0, 3),)}),
+    "set slice": (lambda z: lax.dynamic_update_slice(z, z[3:5], (1,)), VECTOR, {(A0,), (Along(0, 2),)}),
+    "set cells": (
+        lambda z: jnp.zeros((4, 5)).at[jnp.arange(4), jnp.arange(4)].set(z[:, 0]),
+        MATRIX,
+        {(A1, Const(0))},
+    ),
+    "z[z]": (lambda z: z[z], VECTOR, {(ALL,)}),
+    "z[z[0]]": (lambda z: z[z[0]], VECTOR, {(ALL,)}),
+}
+
+
+def chain(z: jax.Array) -> jax.Array:
+    return lax.scan(lambda before, now: (now, before * now), z[0], z[1:])[1]
+
+
+def chain_backwards(z: jax.Array) -> jax.Array:
+    return lax.scan(lambda after, now: (now, after * now), z[-1], z[:-1], reverse=True)[1]
+
+
+def chain_by_counter(z: jax.Array) -> jax.Array:
+    return lax.scan(lambda c, _: ((c[0] + 1, z[c[0]]), z[c[0]] * c[1]), (1, z[0]), None, length=5)[1]
+
+
+def chain_in_place(z: jax.Array) -> jax.Array:
+    def body(i: Any, state: Any) -> Any:
+        return state[0].at[i - 1].set(state[1] * z[i]), z[i]
+
+    return lax.fori_loop(1, 6, body, (jnp.zeros(5, jnp.int32), z[0]))[0]
+
+
+def nested(z: jax.Array) -> jax.Array:
+    def row(above: jax.Array, here: jax.Array) -> Any:
+        return here, lax.scan(lambda c, ab: (c, ab[0] * ab[1]), 0, (above, here))[1]
+
+    return lax.scan(row, z[0], z[1:])[1]
+
+
+LOOPS: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
+    "map": (lambda z: lax.map(lambda r: r.sum(), z), MATRIX, ROW),
+    "chain": (chain, VECTOR, PAIR),
+    "chain backwards": (chain_backwards, VECTOR, PAIR),
+    "chain by counter": (chain_by_counter, VECTOR, PAIR),
+    "chain in place": (chain_in_place, VECTOR, PAIR),
+    "chain by arange": (lambda z: lax.map(lambda t: z[t] * z[t + 1], jnp.arange(5)), VECTOR, PAIR),
+    "second order": (
+        lambda z: lax.scan(lambda c, x: ((c[1], x), c[0] * c[1] * x), (z[0], z[1]), z[2:])[1],
+        VECTOR,
+        PAIR | {(Along(0, 2),)},
+    ),
+    "last state": (lambda z: lax.scan(lambda c, x: (x, None), 0, z)[0], VECTOR, {(Const(5),)}),
+    "nested": (nested, MATRIX, {(A0, A1), (Along(0, 1), A1)}),
+    "no steps": (lambda z: lax.scan(lambda c, x: (x, None), z[0], z[1:1])[0], VECTOR, {(Const(0),)}),
+    "one step": (lambda z: lax.scan(lambda c, x: (x, c * x), z[0], z[1:2])[1], VECTOR, {(Const(0),), (Const(1),)}),
+    "accumulator": (lambda z: lax.scan(lambda c, x: (c + x, c + x), 0, z)[1], VECTOR, {(ALL,)}),
+    "rows side by side": (lambda z: lax.scan(lambda c, x: (c + x, c + x), 0 * z[0], z)[1], MATRIX, {(ALL, A1)}),
+    "cond": (lambda z: lax.cond(z[0] > 1, lambda: z[1] * 2, lambda: z[3]), VECTOR, {(Const(k),) for k in (0, 1, 3)}),
+    "switch": (lambda z: lax.switch(1, [lambda: z[0], lambda: z[2]]), VECTOR, {(Const(2),)}),
+    "while": (
+        lambda z: lax.while_loop(lambda c: c[0] < z[1, 1], lambda c: (c[0] + 1, c[1] * 2), (0, z[0]))[1],
+        MATRIX,
+        {(ALL, ALL)},
+    ),
+    "while, steps by data": (
+        lambda z: lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.sin(c[1])), (0, z))[1],
+        REAL,
+        SAME2,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("fn", "z", "expected"),
+    [pytest.param(*case, id=name) for name, case in {**PRECISE, **INDEXED, **LOOPS}.items()],
+)
+def test_exact_maps(fn, z, expected):
+    assert maps(fn, z) == expected
+
+
+def test_identity_of_a_plate_of_size_one():
+    assert maps(lambda z: jnp.exp(z) + 1, jnp.zeros(1)) == identity(1)
+
+
+def test_index_by_data_widens_that_axis_only():
+    (scope,), losses = run(lambda z, g: z[g], REAL, jnp.zeros(7, jnp.int32))
+    assert scope == {"z": frozenset({(ALL, A1)})}
+    assert losses == [Loss("z", "gather", "index is not known")]
+
+
+def test_two_sites():
+    x, z = jnp.zeros((6, 3)), VECTOR
+    (scope,), _ = run(lambda x, z: x[jnp.arange(6), z], x, z, sites=("x", "z"))
+    assert scope == {"x": frozenset({(A0, ALL)}), "z": frozenset({(A0,)})}
+    (scope,), _ = run(lambda x, z: x[:, 1] * 2.0, x, z, sites=("x", "z"))
+    assert scope == {"x": frozenset({(A0, Const(1))})}
+
+
+def test_constants_are_looked_at_only_if_given():
+    closed = jax.make_jaxpr(lambda z: z[np.array([0, 2, 4])])(VECTOR)
+    (scope,), losses = axes.scopes(closed.jaxpr, ["z"])
+    assert scope == {"z": total(1)}
+    assert losses
+
+
+def test_unknown_primitive_touches_everything():
+    odd = jax.extend.core.Primitive("odd")
+    odd.def_abstract_eval(lambda x, y: x)
+    (scope,), losses = run(lambda z, w: odd.bind(z, w) * 2, MATRIX, MATRIX[0, 0], sites=("z", "w"))
+    assert scope == {"z": total(2), "w": total(0)}
+    assert losses == [Loss("z", "odd", "no rule for this primitive")]
+
+
+def test_unknown_parameters_touch_everything(monkeypatch):
+    def broken(params: Any, args: Any, outs: Any) -> Any:
+        return params["not there"]
+
+    monkeypatch.setitem(axes.RULES, "sin", broken)
+    (scope,), losses = run(jnp.sin, REAL)
+    assert scope == {"z": total(2)}
+    assert losses == [Loss("z", "sin", "no rule for this primitive")]
+
+
+def test_mutable_arrays_touch_everything():
+    def fn(z: jax.Array) -> jax.Array:
+        ref = jax.new_ref(jnp.zeros(3, jnp.int32))
+        ref[0] = z[0]
+        return ref[...]
+
+    (scope,), losses = run(fn, VECTOR)
+    assert scope == {"z": total(1)}
+    assert [loss.primitive for loss in losses] == ["ref"]
+
+
+def test_the_cap_joins_and_says_so():
+    assert len(maps(lambda z: sum(z[i] for i in range(8)), jnp.zeros(20))) == 8
+    (scope,), losses = run(lambda z: sum(z[i] for i in range(9)), jnp.zeros(20))
+    assert scope == {"z": total(1)}
+    assert losses == [Loss("z", "add", "more than 8 places")]
+
+
+def test_an_accumulator_is_reported():
+    _, losses = run(LOOPS["accumulator"][0], VECTOR)
+    assert losses
+    _, losses = run(chain, VECTOR)
+    assert not losses
+
+
+def test_time_is_linear_and_sizes_do_not_matter():
+    def fn(z: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.sin(z[i]) * z[i + 1] for i in range(500)])
+
+    closed = jax.make_jaxpr(fn)(jnp.zeros(100_000))
+    assert len(closed.jaxpr.eqns) > 3000
+    start = time.perf_counter()
+    (scope,), _ = axes.scopes(closed.jaxpr, ["z"])
+    assert time.perf_counter() - start < 1.0
+    assert scope == {"z": frozenset(PAIR)}
+
+
+# Soundness
+
+
+def reach(scope: Scope, sizes: dict[str, tuple[int, ...]], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """How many maps join each element (first axes) to each coordinate (last axes)."""
+    counts = {}
+    for site, size in sizes.items():
+        counts[site] = np.zeros((*shape, *size), int)
+        for m in scope.get(site, ()):
+            hit = np.ones((*shape, *size), bool)
+            where = np.indices((*shape, *size))
+            for e, index in zip(m, where[len(shape) :], strict=True):
+                if isinstance(e, Const):
+                    hit &= index == e.index
+                elif isinstance(e, Along):
+                    assert 0 <= e.axis < len(shape)
+                    hit &= index == e.stride * where[e.axis] + e.offset
+                else:
+                    assert isinstance(e, All)
+            counts[site] += hit
+    return counts
+
+
+def neighbourhoods(rng: np.random.Generator, shapes: dict[str, tuple[int, ...]], bases: int) -> tuple[Any, Any]:
+    """Random values of all sites, and all their changes of one coordinate: (stacked values, what changed)."""
+    points, changes = [], []
+    for base in range(bases):
+        at = {site: rng.integers(0, VALUES, shape) for site, shape in shapes.items()}
+        points.append(at)
+        changes.append((base, None, None))
+        for site, shape in shapes.items():
+            for where in itertools.product(*map(range, shape)):
+                for step in range(1, VALUES):
+                    new = at[site].copy()
+                    new[where] = (new[where] + step) % VALUES
+                    points.append({**at, site: new})
+                    changes.append((base, site, where))
+    return {site: jnp.asarray(np.stack([p[site] for p in points]), jnp.int32) for site in shapes}, changes
+
+
+def violations(fn: Callable[..., Any], shapes: dict[str, tuple[int, ...]], seed: int, bases: int = 2) -> list[str]:
+    """Every way in which the maps of the outputs of `fn` are wrong."""
+    points, changes = neighbourhoods(np.random.default_rng(seed), shapes, bases)
+    scopes, _ = run(fn, *(p[0] for p in points.values()), sites=tuple(shapes))
+    outs = [np.asarray(out) for out in jax.vmap(fn)(*points.values())]
+    starts = [i for i, (_, site, _) in enumerate(changes) if site is None]
+    wrong = []
+    for number, (out, scope) in enumerate(zip(outs, scopes, strict=True)):
+        counts = reach(scope, shapes, out.shape[1:])
+        wrong += [f"output {number}: {site} counted twice" for site, c in counts.items() if c.size and c.max() > 1]
+        for i, (base, site, where) in enumerate(changes):
+            if site is not None:
+                missed = (out[i] != out[starts[base]]) & (counts[site][(..., *where)] == 0)
+                wrong += [f"output {number}: {site}{where} changes it, maps {scope.get(site)}"] if missed.any() else []
+    return wrong
+
+
+def real(x: jax.Array) -> jax.Array:
+    """Integers again, from floats; no multiple of 0.5 falls on a tie."""
+    return jnp.round(x * 7.3).astype(jnp.int32)
+
+
+def loop(body: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Any]:
+    return lax.scan(body, *args, **options)
+
+
+TABLE = np.random.default_rng(0).integers(0, 9, (5, 5))
+PERMUTED = np.array([2, 0, 3, 1])
+EYE = np.eye(4)
+R4 = np.arange(4)
+
+
+class Pool(NamedTuple):
+    """Arrays that a random step may use: two matrices (4, 4), two vectors (4,), a scalar, a number 0..3."""
+
+    m: jax.Array
+    n: jax.Array
+    v: jax.Array
+    u: jax.Array
+    s: jax.Array
+    k: int
+
+
+def triangle(p: Pool) -> jax.Array:
+    return real(lax.linalg.triangular_solve(p.m + 6.0 * EYE, p.n * 1.0, left_side=True, lower=True))
+
+
+def while_rows(p: Pool) -> jax.Array:
+    return lax.while_loop(lambda c: c[0] < p.s, lambda c: (c[0] + 1, jnp.roll(c[1], 1, 0) + p.n), (0, p.m))[1]
+
+
+def batched_while(p: Pool) -> jax.Array:
+    return jax.vmap(lambda a, b: lax.while_loop(lambda c: c < a, lambda c: c + b + 1, 0))(p.v, p.u)
+
+
+def local_while(p: Pool) -> jax.Array:
+    return lax.while_loop(lambda c: c[0] < p.k, lambda c: (c[0] + 1, c[1] * p.n + 1), (0, p.m))[1]
+
+
+def in_place(p: Pool) -> jax.Array:
+    return lax.fori_loop(0, 3, lambda i, c: c.at[i + 1].add(c[i] * p.n[i]), p.m)
+
+
+def in_place_back(p: Pool) -> jax.Array:
+    return lax.fori_loop(0, 4, lambda i, c: c.at[3 - i].set(p.v[i] + p.m[i, p.k]), p.u)
+
+
+def state_machine(p: Pool) -> jax.Array:
+    return loop(lambda c, x: (x[c % 4] + p.s, x * c), p.u[0], p.m)[1]
+
+
+def two_lags(p: Pool) -> jax.Array:
+    return loop(lambda c, x: ((c[1], x), c[0] + 2 * c[1] + x), (p.n[0], p.n[1]), p.m, reverse=p.k > 1)[1]
+
+
+def swapping(p: Pool) -> jax.Array:
+    return jnp.stack(loop(lambda c, x: ((c[1], c[0] + x), c[0]), (p.u[0], p.u[1]), p.v)[0])
+
+
+def shift_register(p: Pool) -> jax.Array:
+    return loop(lambda c, x: (jnp.concatenate([c[1:], x[None]]), c * x), p.u, p.v)[1]
+
+
+def counting_down(p: Pool) -> jax.Array:
+    return loop(lambda c, x: (c - 1, p.m[c] * x), 3, p.v)[1]
+
+
+def odd_counter(p: Pool) -> jax.Array:
+    return loop(lambda c, x: ((c * 2 + 1) % 4, p.m[c] * x), p.k, p.v)[1]
+
+
+def grid_loop(p: Pool) -> jax.Array:
+    return lax.fori_loop(
+        0, 4, lambda i, c: lax.fori_loop(0, 4, lambda j, d: d.at[i, j].set(p.m[i, j] + p.v[j]), c), p.n
+    )
+
+
+def nested_rows(p: Pool) -> jax.Array:
+    def row(above: jax.Array, here: jax.Array) -> Any:
+        return here + p.s, loop(lambda c, ab: (ab[1], c + ab[0] * ab[1]), here[p.k], (above, here))[1]
+
+    return loop(row, p.n[p.k], p.m, reverse=p.k == 2)[1]
+
+
+def branch(p: Pool) -> jax.Array:
+    return lax.cond(p.s > 1, lambda a: a.T + p.v, lambda a: lax.cond(p.u[0] > p.k, jnp.flip, jnp.sin, a), p.m * 1.0)
+
+
+def branch_of_loops(p: Pool) -> jax.Array:
+    return lax.switch(p.s % 3, [lambda: p.v, lambda: loop(lambda c, x: (x, c), p.s, p.u)[1], lambda: p.m[p.k]])
+
+
+def segments(p: Pool) -> jax.Array:
+    return jax.ops.segment_sum(p.m, p.v % 4, num_segments=4)
+
+
+def associative(p: Pool) -> jax.Array:
+    return lax.associative_scan(lambda a, b: a * 2 + b, p.m, axis=p.k % 2)
+
+
+def windows(p: Pool) -> jax.Array:
+    return lax.reduce_window(p.m, 0, lax.add, (2, 1), (1, 1), "SAME")
+
+
+def custom(p: Pool) -> jax.Array:
+    @jax.custom_vjp
+    def double(x: jax.Array) -> jax.Array:
+        return x * 2 + p.v.sum()
+
+    double.defvjp(lambda x: (double(x), None), lambda _, g: (g,))
+    return jax.checkpoint(lambda x: double(x) + p.s)(p.m)
+
+
+def reduced(p: Pool) -> jax.Array:
+    return lax.reduce((p.m, p.n), (0, 0), lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (p.k % 2,))[1]
+
+
+STEPS: dict[str, Callable[[Pool], Any]] = {
+    "add": lambda p: p.m + p.n * (p.k + 1),
+    "outer": lambda p: p.v[:, None] * p.u[None],
+    "same outer": lambda p: p.v[:, None] * p.v[None] + p.s,
+    "by transpose": lambda p: p.m * p.m.T,
+    "broadcast": lambda p: p.m * p.v,
+    "broadcast columns": lambda p: p.m + p.v[:, None],
+    "crossed": lambda p: p.m[:, p.k : p.k + 1] + p.n[p.k : p.k + 1],
+    "compare": lambda p: jnp.where(p.m > p.n, p.v, -p.k),
+    "scalar choice": lambda p: jnp.where(p.s > 1, p.m, p.n),
+    "clip": lambda p: jnp.clip(p.m, p.s, 3),
+    "sign": lambda p: jnp.sign(p.m - p.k) + p.m // 2,
+    "bits": lambda p: lax.population_count(p.m) ^ (p.n << 1),
+    "roots": lambda p: real(jnp.sqrt(jnp.abs(p.m * 1.0)) + lax.lgamma(jnp.abs(p.n) + 1.0)),
+    "row": lambda p: p.m[p.k],
+    "column": lambda p: p.m[:, p.k],
+    "cell": lambda p: p.m[p.k, 3 - p.k],
+    "item": lambda p: p.v[p.k],
+    "sums": lambda p: p.m.sum(p.k % 2),
+    "maxima": lambda p: p.m.max(p.k % 2),
+    "argmin": lambda p: jnp.argmin(p.m, p.k % 2),
+    "total": lambda p: p.v.sum() + p.m.prod(),
+    "any": lambda p: (p.m > p.k).any(0),
+    "reduced": reduced,
+    "roll": lambda p: jnp.roll(p.m, p.k, p.k % 2),
+    "unknown roll": lambda p: jnp.roll(p.m, p.s, 0),
+    "flip": lambda p: jnp.flip(p.m, p.k % 2),
+    "transpose": lambda p: p.m.T,
+    "ravel": lambda p: jnp.roll(p.m.ravel(), p.k).reshape(4, 4),
+    "regroup": lambda p: p.m.reshape(2, 2, 4).swapaxes(0, 1).reshape(4, 4),
+    "long reshape": lambda p: p.m.reshape(1, 4, 2, 2)[0, :, 1, p.k % 2],
+    "pad": lambda p: jnp.pad(p.m, ((p.k, 0), (0, 2)), constant_values=1)[: 4, 2:] + p.s,
+    "interior pad": lambda p: lax.pad(p.m, p.s, ((1, -1, 1), (0, 0, 0)))[: 4],
+    "crop": lambda p: lax.pad(p.v, p.s, ((-1, 1, 0),)),
+    "concatenate": lambda p: jnp.concatenate([p.m[p.k :], p.n[: p.k]]),
+    "concatenate pieces": lambda p: jnp.concatenate([p.v[:1], p.u[2:], p.s[None]]),
+    "stack": lambda p: jnp.stack([p.v, p.m[p.k], p.u, p.v], p.k % 2),
+    "stack items": lambda p: jnp.stack([p.v[(i * i + p.k) % 4] for i in range(4)]),
+    "stack cells": lambda p: jnp.stack([p.m[i, (i + p.k) % 4] * p.m[0, i] for i in range(4)]),
+    "unstack": lambda p: sum(jnp.unstack(p.m, axis=p.k % 2)[1:]),
+    "split": lambda p: jnp.concatenate(jnp.split(p.m, [1, 3], axis=p.k % 2)[::-1], p.k % 2),
+    "tile": lambda p: jnp.tile(p.m[:, :2], (1, 2)),
+    "tile items": lambda p: jnp.tile(p.m[p.k : p.k + 1, :2], (4, 2)),
+    "tile twice": lambda p: jnp.tile(p.v[:2], 5)[p.k : p.k + 4],
+    "repeat": lambda p: jnp.repeat(p.v, 2)[p.k : p.k + 4],
+    "triangle": lambda p: jnp.tril(p.m) + jnp.diag(p.v),
+    "diagonal": lambda p: jnp.diagonal(p.m),
+    "product": lambda p: p.m @ p.n,
+    "with weights": lambda p: p.m @ TABLE[:4, :4],
+    "rows with rows": lambda p: jnp.einsum("ij,kj->ik", p.m, p.n),
+    "batched": lambda p: jnp.einsum("ij,ij->i", p.m, p.n),
+    "batched columns": lambda p: jnp.einsum("ji,jki->ik", p.m, p.n[:, :, None] * p.v),
+    "vector product": lambda p: p.m @ p.v,
+    "one hot": lambda p: real(jax.nn.one_hot(p.v, 5) @ (TABLE * 1.0))[:, :4],
+    "sort": lambda p: jnp.sort(p.m, p.k % 2),
+    "argsort": lambda p: jnp.argsort(p.m, p.k % 2),
+    "sort pairs": lambda p: lax.sort((p.m, p.n), dimension=p.k % 2, num_keys=1)[1],
+    "top": lambda p: lax.top_k(p.m, 4)[p.k % 2],
+    "cumsum": lambda p: jnp.cumsum(p.m, p.k % 2),
+    "cummax": lambda p: lax.cummax(p.m, p.k % 2, reverse=p.k > 1),
+    "associative": associative,
+    "windows": windows,
+    "convolve": lambda p: jnp.convolve(p.v, p.u[:2], "same"),
+    "batch of convolutions": lambda p: lax.conv(p.m[:, None] * 1.0, p.n[:2, None, :3] * 1.0, (1,), "SAME")[:, 1],
+    "softmax": lambda p: real(p.m - jax.nn.logsumexp(p.m * 1.0, p.k % 2, keepdims=True)),
+    "cholesky": lambda p: real(jnp.linalg.cholesky(p.m @ p.m.T + 9 * EYE)),
+    "batch of routines": lambda p: real(jnp.linalg.cholesky(p.m[:, :2, None] * EYE[:2, :2] + EYE[:2, :2]).sum(2) @ TABLE[:2, :4]),
+    "triangular": triangle,
+    "solve": lambda p: real(jnp.linalg.solve(p.m + 30 * EYE, p.v * 9.0)),
+    "fft": lambda p: real(jnp.abs(jnp.fft.fft(p.m * 1.0))),
+    "table": lambda p: TABLE[:, p.k][p.m],
+    "pair table": lambda p: jnp.asarray(TABLE)[p.v, p.u],
+    "item table": lambda p: jnp.asarray(TABLE)[p.v[p.k], p.u[0]],
+    "gather rows": lambda p: p.m[p.v % 4],
+    "gather columns": lambda p: p.m[:, p.v % 4],
+    "gather cells": lambda p: p.m[p.v % 4, p.u % 4],
+    "gather per row": lambda p: p.m[R4, p.v % 4],
+    "gather by constants": lambda p: p.m[PERMUTED],
+    "gather by range": lambda p: p.m[jnp.arange(4) // (p.k + 1)],
+    "gather by cells": lambda p: p.m[R4[::-1], (R4 + p.k) % 4],
+    "gather stride": lambda p: p.m[:, np.array([3, 2, 1, 0])] + p.m[jnp.arange(2) * 2 + 1][:, :1].sum(),
+    "gather outside": lambda p: p.m.at[jnp.arange(4) + p.k].get(mode="fill", fill_value=7),
+    "gather clipped": lambda p: p.m.at[jnp.arange(4) + p.k - 1].get(mode="clip"),
+    "gather of itself": lambda p: p.v[p.v % 4],
+    "item of itself": lambda p: p.m[p.m[0, p.k] % 4],
+    "take along": lambda p: jnp.take_along_axis(p.m, p.n % 4, p.k % 2),
+    "take along constants": lambda p: jnp.take_along_axis(p.m, np.tile(PERMUTED, (4, 1)), p.k % 2),
+    "vmap items": lambda p: jax.vmap(lambda i: p.m[i, 3 - i] * p.v[(i + p.k) % 4])(jnp.arange(4)),
+    "vmap slices": lambda p: jax.vmap(lambda i: lax.dynamic_slice(p.v, (i + p.k,), (4,)))(jnp.arange(4)),
+    "slice": lambda p: lax.dynamic_slice(p.m, (p.s, p.k), (1, 1))[0, 0] + lax.dynamic_slice(p.v, (p.k,), (2,))[1],
+    "strided": lambda p: jnp.concatenate([p.m[::2, :], p.m[1::2, :]]),
+    "set row": lambda p: p.m.at[p.k].set(p.v),
+    "set column": lambda p: p.m.at[:, p.k].multiply(p.v),
+    "set cell": lambda p: p.m.at[p.k, 1].add(p.n[0, p.k]),
+    "set item": lambda p: p.v.at[p.k].set(p.v[3 - p.k]),
+    "set unknown row": lambda p: p.m.at[p.s].set(p.v),
+    "set unknown cells": lambda p: p.m.at[p.v, p.u].max(p.v),
+    "set some": lambda p: p.m.at[jnp.arange(3) + p.k].set(p.n[:3]),
+    "set cells": lambda p: p.m.at[R4, PERMUTED].set(p.v),
+    "set reversed": lambda p: p.m.at[R4[::-1]].add(p.n),
+    "set per row": lambda p: jax.vmap(lambda row, i, x: row.at[i].set(x))(p.m, p.v, p.u),
+    "set slice": lambda p: lax.dynamic_update_slice(p.m, p.n[:2, :3], (p.k, p.k)),
+    "set unknown slice": lambda p: lax.dynamic_update_slice(p.m, p.n[:2], (p.s, 0)),
+    "set one": lambda p: lax.dynamic_update_slice(p.m, p.n[p.k : p.k + 1, :1], (3, p.k)),
+    "segments": segments,
+    "searched": lambda p: jnp.searchsorted(jnp.sort(p.v), p.u),
+    "counted": lambda p: jnp.bincount(p.v, length=4),
+    "scan": lambda p: loop(lambda c, x: (x + c, c * x), p.v, p.m)[1],
+    "state": lambda p: loop(lambda c, x: (x + p.s, None), p.v, p.m, reverse=p.k > 1)[0],
+    "lag": lambda p: loop(lambda c, x: (x, c + x * 3), p.m[0], p.m[1:], reverse=p.k > 1)[1][p.k % 3],
+    "lag of all": lambda p: loop(lambda c, x: (x, c + x * 3), p.n[p.k], p.m, reverse=p.k > 1)[1],
+    "state machine": state_machine,
+    "two lags": two_lags,
+    "swapping": swapping,
+    "shift register": shift_register,
+    "counting down": counting_down,
+    "odd counter": odd_counter,
+    "nested rows": nested_rows,
+    "grid loop": grid_loop,
+    "map": lambda p: lax.map(lambda x: jnp.flip(x) + p.v[p.k], p.m),
+    "map by number": lambda p: lax.map(lambda t: p.m[t] * p.n[(t + 1) % 4], jnp.arange(4)),
+    "in place": in_place,
+    "in place back": in_place_back,
+    "sum by number": lambda p: lax.fori_loop(0, p.k, lambda i, c: c + p.m[i], p.v),
+    "while rows": while_rows,
+    "batched while": batched_while,
+    "local while": local_while,
+    "branch": branch,
+    "branch of loops": branch_of_loops,
+    "custom": custom,
+    "relu": lambda p: jax.jit(jax.nn.relu)(p.m - p.k),
+}
+
+
+def program(seed: int, steps: int = 5) -> tuple[Callable[..., list[jax.Array]], list[str]]:
+    """A program made at random: every step may use what came before; all its arrays are outputs."""
+    rng = np.random.default_rng(seed)
+    names = [str(name) for name in rng.choice(list(STEPS), steps)]
+    draws = [[rng.random() for _ in range(5)] + [int(rng.integers(4))] for _ in names]
+
+    def fn(z: jax.Array, w: jax.Array) -> list[jax.Array]:
+        kinds: dict[tuple[int, ...], list[jax.Array]] = {(4, 4): [z], (4,): [w], (): [z[1, 2]]}
+        outs = []
+        for name, (*at, k) in zip(names, draws, strict=True):
+            # skewed towards the latest array of each shape
+            picked = [
+                kinds[shape][int(len(kinds[shape]) * a**0.5)]
+                for shape, a in zip([(4, 4), (4, 4), (4,), (4,), ()], at, strict=True)
+            ]
+            out = jnp.asarray(STEPS[name](Pool(*picked, k)))  # pyright: ignore
+            out = out.astype(jnp.int32) % 5
+            kinds[out.shape].append(out)
+            outs.append(out)
+        return outs
+
+    return fn, names
+
+
+SITES = {"z": (4, 4), "w": (4,)}
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_every_step_is_sound(name, monkeypatch):
+    for seed in (0, 1):
+        monkeypatch.setattr(np.random, "default_rng", np.random.default_rng)
+        fn, _ = single(name, seed)
+        assert violations(fn, SITES, seed) == []
+
+
+def single(name: str, k: int) -> tuple[Callable[..., list[jax.Array]], list[str]]:
+    """A program of one step on the latents themselves, with a second matrix that mixes both."""
+
+    def fn(z: jax.Array, w: jax.Array) -> list[jax.Array]:
+        pool = Pool(z, z[::-1] + w, w, z[k], z[1, 2], k)
+        return [jnp.asarray(STEPS[name](pool))]
+
+    return fn, [name]
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_programs_are_sound(block):
+    for seed in range(24 * block, 24 * (block + 1)):
+        fn, names = program(seed)
+        assert violations(fn, SITES, seed) == [], f"program {seed}: {names}"
