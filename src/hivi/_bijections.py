@@ -25,7 +25,7 @@ from flowjax.bijections import (
     Vmap,
 )
 from jaxtyping import Array
-from paramax import unwrap
+from paramax import Parameterize, unwrap
 
 from hivi._errors import FamilyError, message
 from hivi._tree import Key
@@ -35,12 +35,14 @@ KINDS: tuple[str, ...] = ("planar", "coupling", "maf", "spline")
 WIDTH = 32
 START = 1e-2
 """Size of the random deviation from the identity at the start."""
+MAX_LOG_SCALE = 2.0
+NEWTON_STEPS = 10
 _PLANAR_ZERO = 1.5132436
 """log(exp(e-1)-1): where FlowJAX's invertibility constraint maps the planar scale to exactly zero."""
 
 
 class InvertiblePlanar(AbstractBijection):
-    """FlowJAX's planar layer y = x + u tanh(w.x + b) with an inverse: one scalar root, found by bisection."""
+    """FlowJAX's planar layer y = x + u tanh(w.x + b) with an inverse: one scalar root, found by Newton's method."""
 
     layer: Planar
     shape: tuple[int, ...]
@@ -56,23 +58,26 @@ class InvertiblePlanar(AbstractBijection):
         u, w, b = planar.get_act_scale(), planar.weight, planar.bias
         wu, target = w @ u, w @ y + b
 
-        def residual(a: Array) -> Array:
-            return a + wu * jnp.tanh(a) - target
-
-        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = bounds
-            middle = 0.5 * (low + high)
-            below = residual(middle) < 0
-            return jnp.where(below, middle, low), jnp.where(below, high, middle)
-
-        bounds = (target - jnp.abs(wu), target + jnp.abs(wu))
-        low, high = jax.lax.fori_loop(0, 40, halve, jax.lax.stop_gradient(bounds))
-        a = jax.lax.stop_gradient(0.5 * (low + high))
-        for _ in range(2):  # the slope 1 + wu sech^2 is positive by construction
-            slope = jax.lax.stop_gradient(1 + wu / jnp.cosh(a) ** 2)
-            a = a - residual(a) / slope
+        a = jax.lax.stop_gradient(_root(wu, target))
+        # One differentiable Newton step at the root: the implicit function theorem.
+        slope = jax.lax.stop_gradient(1 + wu * (1 - jnp.tanh(a) ** 2))
+        a = a - (a + wu * jnp.tanh(a) - target) / slope
         x = y - u * jnp.tanh(a)
         return x, -self.layer.transform_and_log_det(x)[1]
+
+
+def _root(c: Array, target: Array) -> Array:
+    """Solve a + c tanh(a) = target for c > -1, by Newton steps that approach the root from one side.
+
+    The root has the sign of the target. On that side the function is concave for c > 0 (start below the root) and convex
+    for c < 0 (start above it), so that no step overshoots.
+    """
+    t = jnp.abs(target)
+    a = jnp.where(c > 0, jnp.maximum(t / (1 + c), t - c), t - c)
+    for _ in range(NEWTON_STEPS):
+        tanh = jnp.tanh(a)
+        a = a - (a + c * tanh - t) / (1 + c * (1 - tanh**2))
+    return jnp.sign(target) * a
 
 
 def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
@@ -130,11 +135,21 @@ def _planar(dim: int, key: Key) -> InvertiblePlanar:
 
 
 def _spline() -> RationalQuadraticSpline:
-    return RationalQuadraticSpline(knots=8, interval=5)
+    # Wider bins and steeper slopes than FlowJAX's minimum, so that the inverse is accurate in float32.
+    return RationalQuadraticSpline(knots=8, interval=5, min_derivative=0.05, min_width=0.1)
+
+
+def _affine() -> Affine:
+    """An affine transformer whose log scale is bounded by `MAX_LOG_SCALE`: unbounded ones overflow when stacked."""
+    return eqx.tree_at(lambda a: a.scale, Affine(), Parameterize(_bounded_scale, jnp.zeros(())))
+
+
+def _bounded_scale(raw: Array) -> Array:
+    return jnp.exp(MAX_LOG_SCALE * jnp.tanh(raw / MAX_LOG_SCALE))
 
 
 def _network_layer(kind: str, dim: int, key: Key) -> AbstractBijection:
-    transformer = _spline() if kind == "spline" else Affine()
+    transformer = _spline() if kind == "spline" else _affine()
     if kind == "maf":
         made = MaskedAutoregressive(key, transformer=transformer, dim=dim, nn_width=max(WIDTH, dim), nn_depth=1)
         layer = eqx.tree_at(_last_layer_of_made, made, replace_fn=_shrink)

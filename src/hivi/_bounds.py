@@ -80,16 +80,17 @@ class ImportanceWeighted(AbstractBound):
 
     Example:
         >>> import hivi
-        >>> hivi.ImportanceWeighted(outer=1, inner=8)
-        ImportanceWeighted(outer=1, inner=8)
+        >>> hivi.ImportanceWeighted(outer=1, inner=8).draws
+        1
     """
 
-    outer: int = 1
-    inner: int = 0
+    outer: int
+    inner: int
 
-    def __check_init__(self) -> None:
-        _check("ImportanceWeighted(outer=...)", self.outer, 1)
-        _check("ImportanceWeighted(inner=...)", self.inner, 0)
+    def __init__(self, outer: int = 1, inner: int = 0):
+        _check("ImportanceWeighted(outer=...)", outer, 1)
+        _check("ImportanceWeighted(inner=...)", inner, 0)
+        self.outer, self.inner = outer, inner
 
     @property
     def draws(self) -> int:

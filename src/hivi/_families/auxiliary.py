@@ -201,9 +201,8 @@ class RegressionState(AbstractAuxiliaryState):
         if self.bijection is not None:
             base, log_det = backward(self.bijection, base)
             log_r = log_r - log_det
-        value, log_det = prior.from_coordinates(base)
-        log_r = log_r - log_det
-        return value[LAM], prior.log_density(value, k2) - log_r
+        value, log_det, log_q = prior.density_at(base, k2)
+        return value[LAM], log_q - (log_r - log_det)
 
 
 def _solve_transposed(root: Array, right: Array) -> Array:
@@ -266,9 +265,9 @@ class LinearisedState(AbstractAuxiliaryState):
         root, centre = self._posterior(z, prior)
         eta = jax.random.normal(k1, centre.shape)
         base = jax.scipy.linalg.solve_triangular(root.T, centre + eta, lower=False)
-        value, log_det = prior.from_coordinates(base)
+        value, log_det, log_q = prior.density_at(base, k2)
         log_r = jnp.sum(Normal(0.0, 1.0).log_prob(eta)) + jnp.sum(jnp.log(jnp.diagonal(root))) - log_det
-        return value[LAM], prior.log_density(value, k2) - log_r
+        return value[LAM], log_q - log_r
 
 
 class SemiImplicit(AbstractAuxiliary):

@@ -108,6 +108,11 @@ class AbstractProposal(eqx.Module):
         location, scale = self.affine()
         return Layout(self.sites).unflatten(location + scale * base), jnp.sum(jnp.log(scale))
 
+    def density_at(self, base: Float[Array, " dim"], key: Key) -> tuple[Latents, Array, Array]:
+        """`from_coordinates` with the log-density there (or an unbiased estimate's log): no inverse is needed."""
+        value, log_det = self.from_coordinates(base)
+        return value, log_det, self.log_density(value, key)
+
     def affine(self) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
         """Location of the value at base 0, and the scale of each of its coordinates there."""
         raise FamilyError(_not_a_prior(self))

@@ -75,6 +75,10 @@ class FlowProposal(AbstractProposal):
         value = Layout(self.sites).unflatten(self.location + jnp.exp(self.log_scale) * flat)
         return value, log_det + jnp.sum(self.log_scale)
 
+    def density_at(self, base: Float[Array, " dim"], key: Key) -> tuple[Latents, Array, Array]:
+        value, log_det = self.from_coordinates(base)
+        return value, log_det, jnp.sum(Normal(0.0, 1.0).log_prob(base)) - log_det
+
     def affine(self) -> tuple[Array, Array]:
         return self.location, jnp.exp(self.log_scale)
 

@@ -75,6 +75,10 @@ class FullRankProposal(AbstractProposal):
     def from_coordinates(self, base: Float[Array, " dim"]) -> tuple[Latents, Array]:
         return Layout(self.sites).unflatten(self.location + self.factor() @ base), jnp.sum(self.log_diagonal)
 
+    def density_at(self, base: Float[Array, " dim"], key: Key) -> tuple[Latents, Array, Array]:
+        value, log_det = self.from_coordinates(base)
+        return value, log_det, jnp.sum(Normal(0.0, 1.0).log_prob(base)) - log_det
+
     def affine(self) -> tuple[Array, Array]:
         return self.location, jnp.exp(self.log_diagonal)
 

@@ -136,17 +136,20 @@ class _Interpreter:
             control = CONTROL.get(name)
             if control is not None:
                 return control(self, eqn.params, args)
+            if name not in RULES and any(arg.scope for arg in args):
+                return self._unknown(name, args, shapes, "no rule for this primitive")
             return self._primitive(name, eqn, args, shapes)
-        except (KeyError, Unsupported):  # a use, or a parameter of a later JAX, that has no rule
-            return self._unknown(name, args, shapes)
+        except (LookupError, AttributeError, ValueError, Unsupported):  # say, a parameter renamed by a later JAX
+            return self._unknown(name, args, shapes, "its rule does not cover this use")
 
-    def _unknown(self, name: str, args: Sequence[Arr], shapes: Sequence[Shape]) -> list[Arr]:
+    def _unknown(self, name: str, args: Sequence[Arr], shapes: Sequence[Shape], reason: str) -> list[Arr]:
+        """Outputs that depend on everything that their operands depend on."""
         scope: Scope = {}
         for arg in args:
             for site, maps in arg.scope.items():
                 scope[site] = total(len(self.sizes[site]))
                 if shapes and maps != scope[site]:
-                    self.losses[Loss(site, name, "no rule for this primitive")] = None
+                    self.losses[Loss(site, name, reason)] = None
         return [Arr(shape, scope) for shape in shapes]
 
     def _primitive(self, name: str, eqn: Any, args: list[Arr], shapes: list[Shape]) -> list[Arr]:

@@ -36,7 +36,7 @@ def _window(axis: int | None, start: Known | None, size: int, length: int, mode:
     if not start.within(0, length - size) and "DROP" not in mode:
         if "CLIP" not in mode or not isinstance(entry, Const):
             return ALL
-        entry = Const(min(max(entry.index, 0), length - size))
+        entry = Const(min(max(entry.index, 0), int(length - size)))
     if isinstance(entry, Const):
         return entry if axis is None else Along(axis, entry.index)
     return entry if size == 1 else ALL
@@ -64,7 +64,7 @@ def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
     operand, indices = args
     batch = [d for d in range(len(outs[0])) if d not in numbers.offset_dims]
     views, columns = _columns(indices, batch, indices.shape[-1])
-    offsets = iter(numbers.offset_dims)
+    offsets = map(int, numbers.offset_dims)
     paired = list(numbers.operand_batching_dims)
     indexed = list(numbers.start_index_map)
     view: list[Entry] = []
@@ -98,7 +98,7 @@ class _Target:
         if not start.within(0, length - size) and "DROP" not in mode:
             if "CLIP" not in mode or not isinstance(entry, Const):
                 return
-            entry = Const(min(max(entry.index, 0), length - size))
+            entry = Const(min(max(entry.index, 0), int(length - size)))
         if isinstance(entry, Const):
             if axis is not None:
                 self.view[axis] = Along(d, -entry.index)
@@ -128,7 +128,7 @@ def _scatter(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list
     target = _Target(len(updates.shape))
     batch = [u for u in range(len(updates.shape)) if u not in numbers.update_window_dims]
     _, columns = _columns(indices, batch, indices.shape[-1])
-    windows = iter(numbers.update_window_dims)
+    windows = map(int, numbers.update_window_dims)
     paired = list(numbers.operand_batching_dims)
     indexed = list(numbers.scatter_dims_to_operand_dims)
     index: list[Entry] = [ALL] * len(indices.shape)

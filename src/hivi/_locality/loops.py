@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from hivi._locality.base import ALL, Along, Arr, AxisMap, Const, Entry, Known, Loss, Params, Read, Scope, Shape, total
+from hivi._locality.base import ALL, Along, Arr, AxisMap, Const, Entry, Known, Loss, Params, Read, Scope, Shape, Unsupported, total
 
 _PATIENCE = 8  # passes over a loop body before the maps of its carry are joined
 _LIMIT = 24  # passes before the carry is taken to depend on everything
@@ -60,12 +60,15 @@ def while_loop(walker: Walker, params: Params, args: Sequence[Arr]) -> list[Arr]
     """Every element depends on its own steps, and on the test that decides how many there are."""
     start = params["cond_nconsts"] + params["body_nconsts"]
     tests, consts, init = args[: params["cond_nconsts"]], args[params["cond_nconsts"] : start], args[start:]
-    reads = [Read(0), Read(1), Read(2, ())]
 
     def step(carry: list[Scope]) -> list[Scope]:
         state = [Arr(a.shape, scope) for a, scope in zip(init, carry, strict=True)]
         test = walker.call(params["cond_jaxpr"], [*tests, *state])[0]
         outs = walker.call(params["body_jaxpr"], [*consts, *state])
+        # under vmap the test has an element for each member of the batch: a prefix of the carry's axes
+        reads = [Read(0), Read(1), Read(2, tuple(Along(d) for d in range(len(test.shape))))]
+        if any(a.shape[: len(test.shape)] != test.shape for a in init):
+            raise Unsupported
         return [walker.scope("while", reads, [a, b, test], a.shape) for a, b in zip(init, outs, strict=True)]
 
     carry = _settle(walker, "while", args, [a.scope for a in init], step)

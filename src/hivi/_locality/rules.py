@@ -55,7 +55,7 @@ def _view(find: Callable[[Params, Shape, Shape], Sequence[Entry]], reason: str =
 
 
 def _broadcast_in_dim(params: Params, shape: Shape, out: Shape) -> list[Entry]:
-    places = params["broadcast_dimensions"]
+    places = [int(d) for d in params["broadcast_dimensions"]]
     return [Along(places[d]) if n == out[places[d]] else Const(0) for d, n in enumerate(shape)]
 
 
@@ -167,7 +167,7 @@ def _convolution(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> 
 
 
 def _concatenate(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
-    axis, start, reads = params["dimension"], 0, []
+    axis, start, reads = int(params["dimension"]), 0, []
     for i, arg in enumerate(args):
         view = _straight(len(arg.shape))
         view[axis] = Along(axis, -start)
@@ -177,7 +177,7 @@ def _concatenate(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> 
 
 
 def _stack(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
-    axis = params["axis"] % len(outs[0])
+    axis = int(params["axis"]) % len(outs[0])
     view = tuple(Along(d + (d >= axis)) for d in range(len(outs[0]) - 1))
     return [[Read(i, view, place=(axis, Const(i))) for i in range(len(args))]]
 
@@ -191,12 +191,12 @@ def _unstack(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list
 
 
 def _split(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
-    axis, start, reads = params["axis"], 0, []
+    axis, start, reads = int(params["axis"]), 0, []
     for size in params["sizes"]:
         view = _straight(len(args[0].shape))
         view[axis] = Along(axis, start)
         reads.append([Read(0, tuple(view))])
-        start += size
+        start += int(size)
     return reads
 
 

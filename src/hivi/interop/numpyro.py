@@ -1,0 +1,308 @@
+"""`from_numpyro`: a target from a NumPyro model."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hivi import _jaxprs
+from hivi._errors import TargetError, message
+from hivi._factored import Factored, factorise
+from hivi._locality.axes import scopes
+from hivi._space import Plate, Site, Values, make_site
+from hivi._target import minibatch
+from hivi._target.base import Target
+from hivi._target.log_joint import traced_control_flow
+from hivi._target.replay import replay
+from hivi._target.statements import Reader, base_support
+
+
+def from_numpyro(
+    model: Callable[..., Any], *args: Any, subsample: Mapping[str, int] | None = None, **kwargs: Any
+) -> Target:
+    """Make a target from a NumPyro model and its arguments.
+
+    The model is run abstractly and becomes one program; it is not run again while fitting. Continuous latents are
+    mapped from unconstrained coordinates inside the model, so that supports may depend on other latents; their
+    log-Jacobians are terms of their own. Array arguments stay arguments: data of the same shapes compile nothing anew.
+
+    Understood: plates (nested, crossed, with `dim`), `to_event`, `handlers.mask`, `scale`, `condition`, `reparam`,
+    `scope`, `numpyro.factor`, `deterministic`, improper priors whose support has a bijection, and
+    `numpyro.contrib.control_flow`. A latent inside `scan` has the steps as its first axis, in the order of `xs`. A latent
+    `Delta` is a deterministic value with its `log_density`. The user's scale multiplies log-densities, not Jacobians.
+
+    A mask on a *latent* (also by `obs_mask=`, which makes `NAME_unobserved`) is dropped: masked coordinates keep
+    their prior, which leaves the evidence as it is, provided that nothing else depends on them; that is checked.
+    Missing observations (NaN) must be masked.
+
+    Refused, with the site's name and a cure: `param`, `module`, `mutable`, `prng_key`, supports without a bijection,
+    Python control flow on a latent's value, latents in nested scans.
+
+    Args:
+        model: a NumPyro model.
+        *args: its arguments; arrays among them may change later without compiling anew.
+        subsample: plate -> rows per minibatch, in place of the `subsample_size` that the model declares. Where the
+            model does not use the row numbers itself, its array arguments are sliced along the plate.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        The target. `hivi.explain` prints what was read, and its `notes` what was decided.
+
+    Raises:
+        TargetError: the model has no latents, or a statement that cannot be used.
+
+    Example:
+        >>> import hivi, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from hivi.interop.numpyro import from_numpyro
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0, 10))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1), obs=y)
+        >>> target = from_numpyro(model, jnp.array([1.0, 2.0, 3.0]))
+        >>> [(s.name, s.shape) for s in target.sites]
+        [('mu', ())]
+    """
+    name = getattr(model, "__name__", "model")
+    arguments = _Arguments.of(model, args, kwargs)
+    last: Exception | None = None
+    for constant in arguments.attempts():
+        try:
+            return _build(name, _Source(model, arguments, constant), dict(subsample or {}))
+        except (TypeError, IndexError) as error:
+            if not _needs_value(error):
+                raise
+            last = error
+    assert last is not None
+    raise TargetError(traced_control_flow(f"model {name!r}", last)) from last
+
+
+class _Arguments(NamedTuple):
+    """The model's arguments: the leaves that are arrays are traced, all others are constants."""
+
+    leaves: tuple[Any, ...]
+    treedef: Any
+    arrays: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+        paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        try:
+            positional = list(inspect.signature(model).parameters)
+        except (TypeError, ValueError):
+            positional = []
+        names = []
+        for path, _ in paths:
+            (kind, first), inner = path[:2], jax.tree_util.keystr(path[2:])
+            index = getattr(first, "idx", getattr(first, "key", ""))
+            known = kind.idx == 0 and index < len(positional)
+            names.append(f"{positional[index] if known else index}{inner}")
+        leaves = tuple(leaf for _, leaf in paths)
+        return cls(leaves, treedef, tuple(k for k, leaf in enumerate(leaves) if _is_numeric(leaf)), tuple(names))
+
+    def attempts(self) -> Iterator[tuple[int, ...]]:
+        """Which arrays to read as constants: none, then one of them, then all, until Python code is content."""
+        yield ()
+        if 1 < len(self.arrays) <= 8:
+            yield from ((k,) for k in self.arrays)
+        if self.arrays:
+            yield self.arrays
+
+
+def _is_numeric(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        return False
+    return jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
+
+
+def _needs_value(error: Exception) -> bool:
+    """Whether Python code asked for the value of something traced."""
+    known = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+    return isinstance(error, known) or (type(error) is TypeError and "concrete" in str(error))
+
+
+class _Source:
+    """The model, ready to be read with any values of its traced arguments."""
+
+    def __init__(self, model: Callable[..., Any], arguments: _Arguments, constant: tuple[int, ...]) -> None:
+        self.model, self.arguments, self.constant = model, arguments, constant
+        self.leaves = [np.asarray(x) if k in constant else x for k, x in enumerate(arguments.leaves)]
+        self.traced = tuple(k for k in arguments.arrays if k not in constant)
+        self.data = [jnp.asarray(self.leaves[k]) for k in self.traced]
+
+    def name(self, number: int) -> str:
+        """Name of a traced argument."""
+        return self.arguments.names[self.traced[number]]
+
+    def read(self, data: Sequence[Any], **options: Any) -> Reader:
+        """Run the model once."""
+        leaves = list(self.leaves)
+        for k, value in zip(self.traced, data, strict=True):
+            leaves[k] = value
+        args, kwargs = jax.tree.unflatten(self.arguments.treedef, leaves)
+        return Reader(**options).run(lambda: self.model(*args, **kwargs))
+
+
+class _Found(NamedTuple):
+    """A model at full size, and what of it depends on no latent (None where it does)."""
+
+    reader: Reader
+    missing: dict[str, Any]
+    masks: dict[str, Any]
+    supports: dict[str, Any]
+
+
+def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
+    found = _discover(source)
+    if not found.reader.latents:
+        cure = "sample something without obs=; handlers.condition and substitute also fix latents"
+        raise TargetError(message(f"model {name!r}", "no latent sample statement", "at least one", cure))
+    _check_missing(found)
+    plates = minibatch.choose(found.reader.plates, requested)
+    sites = _sites(found, plates)
+    notes = _notes(source, found)
+    slices: minibatch.Slices = {}
+    if plates:
+        slices = _slices(source, found, sites, plates)
+        notes += [
+            f"argument {source.name(k)}: axis {axis} is sliced by the minibatch of plate {plate!r}"
+            for k, pairs in slices.items()
+            for axis, plate in pairs
+        ]
+    terms = _terms(source, found, slices)
+    scales = {
+        label: term.scale * math.prod(p.scale for p in plates if p.name in dict(term.plates))
+        for label, term in found.reader.terms.items()
+    }
+    factored = factorise(terms, {s.name: s.example() for s in sites}, source.data, _rows(plates), scales=scales)
+    consts = tuple(c if isinstance(c, jax.Array) else jnp.asarray(c) for c in factored.consts)
+    factored = Factored(factored.program, consts, factored.overrides)
+    _check_held(found, factored)
+    if plates:
+        evaluate = jax.jit(lambda z, rows, data: terms(z, data, rows))
+        axes = {label: _axes(term, plates) for label, term in found.reader.terms.items()}
+        minibatch.check_rows(lambda z, rows: evaluate(z, rows, source.data), axes, sites, plates)
+    _check_masks(source, found, sites)
+    constrainer = None
+    if any(s.support is None and not s.discrete for s in sites):
+        constrainer = replay(lambda z, data: source.read(data, z=z).values, sites, source.data)
+    return Target(name, sites, factored, source.data, plates, tuple(notes), constrainer)
+
+
+def _discover(source: _Source) -> _Found:
+    """Read the model at full size."""
+    readers: list[Reader] = []
+    bounds: dict[str, Any] = {}
+
+    def flat(start: Any, *data: Any) -> list[Any]:
+        reader = source.read(data, start=start)
+        readers.append(reader)
+        for label, latent in reader.latents.items():
+            if base_support(latent.support).is_discrete:
+                bounds[label] = latent.support
+        return [*reader.missing.values(), *reader.masks.values(), *jax.tree.leaves(bounds)]
+
+    jaxpr, consts, _ = _jaxprs.trace(flat, jnp.zeros(()), *source.data)
+    reader = readers[-1]
+    values = [_fixed(jaxpr, k, consts, source.data) for k in range(len(jaxpr.outvars))]
+    first, second = len(reader.missing), len(reader.missing) + len(reader.masks)
+    leaves, treedef = jax.tree.flatten(bounds)
+    known = [old if value is None else np.asarray(value) for old, value in zip(leaves, values[second:], strict=True)]
+    return _Found(
+        reader,
+        dict(zip(reader.missing, values[:first], strict=True)),
+        dict(zip(reader.masks, values[first:second], strict=True)),
+        jax.tree.unflatten(treedef, known),
+    )
+
+
+def _fixed(jaxpr: Any, output: int, consts: Sequence[Any], data: Sequence[Any]) -> Any:
+    """Value of one output, or None where it depends on the latents (the input after the constants)."""
+    small, used = _jaxprs.prune(jaxpr, [k == output for k in range(len(jaxpr.outvars))])
+    if used[len(consts)]:
+        return None
+    inputs = [*consts, None, *data]
+    return _jaxprs.evaluate(small, [x for x, u in zip(inputs, used, strict=True) if u])[0]
+
+
+def _check_missing(found: _Found) -> None:
+    for label, missing in found.missing.items():
+        if missing is not None and bool(np.any(missing)):
+            places = np.argwhere(np.asarray(missing))
+            index, more = [int(i) for i in places[0]], len(places) - 1
+            text = f"NaN in the observations, first at index {index}" + (f" and at {more} more" if more else "")
+            cure = "wrap the statement in numpyro.handlers.mask(mask=~jnp.isnan(y)), or leave these rows out"
+            raise TargetError(message(f"site {label!r}", text, "observed values, or a mask over the missing ones", cure))
+
+
+def _sites(found: _Found, plates: Sequence[Plate]) -> tuple[Site, ...]:
+    sites = []
+    for label, latent in found.reader.latents.items():
+        local = minibatch.local_to(label, latent.plates, plates)
+        support = found.supports.get(label, latent.support)
+        leaves = jax.tree.leaves(support)
+        # Arrays in a support may change between equal programs, so that only numbers make it static.
+        if label in found.supports or all(not isinstance(x, jax.core.Tracer) and np.ndim(x) == 0 for x in leaves):
+            sites.append(make_site(label, latent.shape, support, latent.plates, local))
+        else:
+            sites.append(Site(label, latent.free, Values("real"), latent.shape, None, latent.plates, local))
+    return tuple(sites)
+
+
+def _notes(source: _Source, found: _Found) -> list[str]:
+    notes = []
+    if source.constant:
+        names = ", ".join(source.arguments.names[k] for k in source.constant)
+        notes.append(f"arguments {names}: read as constants, since Python code uses their values; new ones compile anew")
+    notes += [f"site {s!r}: infer={{'enumerate': ...}} is not used, the site gets its own q" for s in found.reader.enumerated]
+    notes += [f"site {s!r}: masked coordinates keep their prior; nothing else depends on them" for s in found.masks]
+    return notes
+
+
+def _terms(source: _Source, found: _Found, slices: minibatch.Slices) -> Callable[..., dict[str, Any]]:
+    def terms(z: Mapping[str, Any], data: Sequence[Any], rows: Mapping[str, Any]) -> dict[str, Any]:
+        data = list(data)
+        for k, pairs in slices.items():
+            for axis, plate in pairs:
+                data[k] = jnp.take(data[k], rows[plate], axis=axis)
+        reader = source.read(data, z=z, rows=rows)
+        if reader.terms.keys() != found.reader.terms.keys():
+            names = sorted(reader.terms.keys() ^ found.reader.terms.keys())
+            expected, cure = "the same statements for every minibatch", "do not let their number depend on the rows"
+            raise TargetError(message(f"sites {names}", "statements that only some runs have", expected, cure))
+        return {label: term.array for label, term in reader.terms.items()}
+
+    return terms
+
+
+def _check_held(found: _Found, factored: Factored) -> None:
+    """An improper prior must be made proper by something else."""
+    for label, latent in found.reader.latents.items():
+        own = {label, f"jacobian({label})"}
+        if latent.improper and not any(f.maps(label) for f in factored.factors if f.name not in own):
+            cure = "give it a proper prior, or remove it"
+            expected = "a term that depends on it"
+            raise TargetError(message(f"site {label!r}", "an improper prior that nothing holds", expected, cure))
+
+
+def _check_masks(source: _Source, found: _Found, sites: Sequence[Site]) -> None:
+    if not found.masks:
+        return
+    for label, mask in found.masks.items():
+        if mask is None or found.reader.latents[label].improper:
+            text = "a mask that depends on other latents" if mask is None else "a mask on an improper prior"
+            cure = "mask the observed statements only, or use jnp.where on the latent's value"
+            raise TargetError(message(f"site {label!r}", text, "a fixed mask on a proper prior", cure))
+
+    def evaluate(z: Mapping[str, Any], data: Sequence[Any]) -> dict[str, Any]:
+        terms = source.read(data, z=z, masked=True).terms
+        return {label: term.array for label, term in terms.items() if not term.latent}
+
+    compiled = jax.jit(evaluate)
+    minibatch.check_masks(lambda z: compiled(z, source.data), found.masks, sites)
