@@ -664,7 +664,7 @@ def single(name: str, k: int) -> tuple[Callable[..., list[jax.Array]], list[str]
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize("block", range(10))
 def test_random_programs_are_sound(block):
-    for seed in range(22 * block, 22 * (block + 1)):
+    for seed in range(20 * block, 20 * (block + 1)):
         fn, names = program(seed)
         assert violations(fn, SITES, seed) == [], f"program {seed}: {names}"
 
@@ -692,7 +692,7 @@ def moved(x: jax.Array, rng: np.random.Generator) -> jax.Array:
     choices = [
         lambda: reshaped(x, rng),
         lambda: reshaped(x, rng),
-        lambda: jnp.transpose(x, rng.permutation(x.ndim)),
+        lambda: jnp.transpose(x, rng.permutation(x.ndim).tolist()),
         lambda: lax.slice_in_dim(x, k, n, int(rng.integers(1, 3)), a),
         lambda: lax.slice_in_dim(x, k, k + 1, 1, a) * x,
         lambda: lax.slice_in_dim(x, k, k + 1, 1, a) * lax.slice_in_dim(x, 0, 1, 1, k % x.ndim),
@@ -716,7 +716,7 @@ def moved(x: jax.Array, rng: np.random.Generator) -> jax.Array:
 
 
 @pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(32))
 def test_random_shapes_are_sound(seed):
     shape = [(2, 1, 3), (6,), (3, 2), (1, 4)][seed % 4]
 

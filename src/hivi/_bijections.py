@@ -7,7 +7,7 @@ can be inverted, so that densities at any point and tighter bounds are available
 from __future__ import annotations
 
 import functools
-from typing import Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -46,14 +46,17 @@ class InvertiblePlanar(AbstractBijection):
 
     layer: Planar
     shape: tuple[int, ...]
-    cond_shape: None = None
+    cond_shape: ClassVar[None] = None  # type: ignore[misc]
 
-    def transform_and_log_det(self, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        """y and log |dy/dx|."""
+    def __init__(self, layer: Planar):
+        self.layer, self.shape = layer, layer.shape
+
+    def transform_and_log_det(self, x: Any, condition: Any = None) -> tuple[Array, Array]:
+        """Y and log |dy/dx|."""
         return self.layer.transform_and_log_det(x)
 
-    def inverse_and_log_det(self, y: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        """x and log |dx/dy|; differentiable through one Newton step at the root (implicit function theorem)."""
+    def inverse_and_log_det(self, y: Any, condition: Any = None) -> tuple[Array, Array]:
+        """X and log |dx/dy|; differentiable through one Newton step at the root (implicit function theorem)."""
         planar = self.layer.get_planar()
         u, w, b = planar.get_act_scale(), planar.weight, planar.bias
         wu, target = w @ u, w @ y + b
@@ -121,7 +124,7 @@ def _build(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
         return Chain([Vmap(_spline(), axis_size=1) for _ in keys])
     stacked = Scan(eqx.filter_vmap(lambda k: _network_layer(kind, dim, k))(keys))
     # Each layer ends with a flip: an odd number of them is undone, so that coordinates keep their places.
-    return Chain([stacked, Flip((dim,))]) if layers % 2 else stacked
+    return Chain([stacked, _flip(dim)]) if layers % 2 else stacked
 
 
 def _planar(dim: int, key: Key) -> InvertiblePlanar:
@@ -131,7 +134,7 @@ def _planar(dim: int, key: Key) -> InvertiblePlanar:
     bias = jax.random.uniform(k3, (1,), minval=-1.0, maxval=1.0)
     u = w * _PLANAR_ZERO / (w @ w) + START * jax.random.normal(k2, (dim,))
     layer = eqx.tree_at(lambda p: p.params, Planar(k4, dim=dim), jnp.concatenate([w, u, bias]))
-    return InvertiblePlanar(layer, (dim,))
+    return InvertiblePlanar(layer)
 
 
 def _spline() -> RationalQuadraticSpline:
@@ -158,7 +161,11 @@ def _network_layer(kind: str, dim: int, key: Key) -> AbstractBijection:
             key, transformer=transformer, untransformed_dim=dim // 2, dim=dim, nn_width=WIDTH, nn_depth=1
         )
         layer = eqx.tree_at(lambda c: c.conditioner.layers[-1], coupling, replace_fn=_shrink)
-    return Chain([layer, Flip((dim,))])
+    return Chain([layer, _flip(dim)])
+
+
+def _flip(dim: int) -> Flip:
+    return Flip(shape=(dim,))  # type: ignore[call-arg]
 
 
 def _last_layer_of_made(made: MaskedAutoregressive) -> object:
@@ -171,10 +178,10 @@ def _shrink(layer: object) -> object:
 
 
 def forward(bijection: AbstractBijection, x: Array) -> tuple[Array, Array]:
-    """y and log |dy/dx|."""
+    """Y and log |dy/dx|."""
     return unwrap(bijection).transform_and_log_det(x)
 
 
 def backward(bijection: AbstractBijection, y: Array) -> tuple[Array, Array]:
-    """x and log |dx/dy|."""
+    """X and log |dx/dy|."""
     return unwrap(bijection).inverse_and_log_det(y)

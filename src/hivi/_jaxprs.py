@@ -54,7 +54,7 @@ def _inline_into(jaxpr: jex.Jaxpr, args: list[Any], env: dict[Any, Any], out: li
     for eqn in jaxpr.eqns:
         operands = [read(v) for v in eqn.invars]
         if eqn.primitive.name in CALLS:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            inner: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             body, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
             if not consts and not body.constvars:
                 results = _inline_into(body, operands, {}, out)
@@ -91,6 +91,7 @@ def fingerprint(jaxpr: jex.Jaxpr) -> str:
 
 def _inner_constants(jaxpr: jex.Jaxpr) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
+        param: Any
         for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(param, "consts"):
                 yield from param.consts

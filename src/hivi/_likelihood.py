@@ -13,8 +13,8 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from jax.scipy.special import gammaln
+from jaxtyping import Array, Float
 from numpyro.distributions import Binomial, CategoricalLogits, Normal
 
 from hivi._space import Site, Values
@@ -27,8 +27,12 @@ MAX_LOG_RATE = 20.0
 class AbstractLikelihood(eqx.Module):
     """q(z_i | lambda_i) of one site, independent over its coordinates given lambda."""
 
-    width: eqx.AbstractVar[int]
     reparameterised: eqx.AbstractClassVar[bool]
+
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """Number of parameters per coordinate."""
 
     @abc.abstractmethod
     def start(self, shape: tuple[int, ...], key: Key) -> Float[Array, "*shape width"]:
@@ -66,14 +70,16 @@ class AbstractLikelihood(eqx.Module):
 class FiniteLikelihood(AbstractLikelihood):
     """Independent categorical variables over low, ..., low+count-1; two values have one logit, more have `count`."""
 
-    width: int = eqx.field(static=True)
     low: int = eqx.field(static=True)
     count: int = eqx.field(static=True)
     reparameterised: ClassVar[bool] = False
 
     def __init__(self, values: Values):
         self.low, self.count = values.low, values.count
-        self.width = 1 if values.count == 2 else values.count
+
+    @property
+    def width(self) -> int:
+        return 1 if self.count == 2 else self.count
 
     def logits(self, lam: Array) -> Array:
         """Normalised log-probabilities, shape (*shape, count)."""
@@ -123,8 +129,11 @@ class PoissonLikelihood(AbstractLikelihood):
     """Independent low + Poisson(exp(lambda)) variables."""
 
     low: int = eqx.field(static=True)
-    width: ClassVar[int] = 1
     reparameterised: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return 1
 
     def rate(self, lam: Array) -> Array:
         """exp(lambda), with the log rate capped at `MAX_LOG_RATE`."""
@@ -162,8 +171,11 @@ class BinomialLikelihood(AbstractLikelihood):
 
     low: int = eqx.field(static=True)
     count: int = eqx.field(static=True)
-    width: ClassVar[int] = 1
     reparameterised: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return 1
 
     def start(self, shape: tuple[int, ...], key: Key) -> Array:
         return 0.01 * jax.random.normal(key, (*shape, 1))
@@ -198,8 +210,11 @@ class BinomialLikelihood(AbstractLikelihood):
 class NormalLikelihood(AbstractLikelihood):
     """Independent Normal variables in unconstrained space; lambda_i = (location, log scale)."""
 
-    width: ClassVar[int] = 2
     reparameterised: ClassVar[bool] = True
+
+    @property
+    def width(self) -> int:
+        return 2
 
     def start(self, shape: tuple[int, ...], key: Key) -> Array:
         location = 0.01 * jax.random.normal(key, shape)

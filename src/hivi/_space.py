@@ -44,7 +44,8 @@ class Latent:
     plates: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-class Values(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Values:
     """What values a site takes in the engine's coordinates.
 
     Attributes:
@@ -152,7 +153,7 @@ class Site:
         return biject_to(self.support)(value)
 
     def log_jacobian(self, value: Array) -> Array:
-        """log |d constrained / d unconstrained| of one value, summed; 0 for a discrete site."""
+        """Log |d constrained / d unconstrained| of one value, summed; 0 for a discrete site."""
         if self.discrete or self.support is None:
             return jnp.zeros(())
         transform = biject_to(self.support)
@@ -205,7 +206,7 @@ def classify(name: str, support: Constraint) -> Values:
     if base is constraints.positive_integer:
         return Values("count", 1, 0)
     lower, upper = getattr(base, "lower_bound", None), getattr(base, "upper_bound", None)
-    if lower is not None and isinstance(lower, jax.core.Tracer) or isinstance(upper, jax.core.Tracer):
+    if (lower is not None and isinstance(lower, jax.core.Tracer)) or isinstance(upper, jax.core.Tracer):
         raise TargetError(
             message(
                 f"site {name!r}",

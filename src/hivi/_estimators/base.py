@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,19 +34,21 @@ class Evaluation(NamedTuple):
     def signal(self, site: str) -> Array:
         """f_i of eq. 8/11: the terms of log p, log r and log q that touch each coordinate of a site."""
         shape = self.z[site].shape
-        return sum(
+        found = [
             sign * part.signal(site, shape, terms)
             for sign, terms, (part, _) in zip(self.signs, self.terms, self.parts, strict=True)
             if site in part.program.sites
-        )
+        ]
+        return sum(found, jnp.zeros(shape))
 
     def differences(self, site: str, moved: Array) -> Array:
         """Change of log p - log q when one coordinate moves, (moves, *site shape)."""
-        return sum(
+        found = [
             sign * part.differences(site, moved, self.z, *rest)
             for sign, (part, rest) in zip(self.signs, self.parts, strict=True)
             if site in part.program.sites
-        )
+        ]
+        return sum(found, jnp.zeros(moved.shape))
 
 
 class AbstractStrategy(eqx.Module):
@@ -124,8 +126,3 @@ def abstract_conditionals(proposal: AbstractProposal) -> dict[str, Conditional]:
     found: dict[str, Any] = {}
     lam = jax.eval_shape(find, arrays)
     return {n: Conditional(found[n], lam[n]) for n in lam}
-
-
-def zeros(z: Array) -> Array:
-    """A float zero of the same shape."""
-    return jnp.zeros(z.shape)

@@ -101,13 +101,15 @@ def _draw(
     q_terms = factored.terms(detached)
     frozen = [jax.lax.stop_gradient(t) for t in p_terms], [jax.lax.stop_gradient(t) for t in q_terms]
     fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, factored)
-    evaluation = Evaluation(
-        jax.lax.stop_gradient(z), frozen, ((target.factored, (target.data, rows)), (fixed, ()))
-    )
+    evaluation = Evaluation(jax.lax.stop_gradient(z), frozen, ((target.factored, (target.data, rows)), (fixed, ())))
     conditionals = proposal.conditionals(context)
     measured = {n: strategies[n].measure(n, conditionals[n], evaluation) for n in detached}
     cancel = sum(
-        (_scale(target, n) * jnp.sum(c.likelihood.log_prob(c.lam, z[n])) for n, c in conditionals.items() if n in detached),
+        (
+            _scale(target, n) * jnp.sum(c.likelihood.log_prob(c.lam, z[n]))
+            for n, c in conditionals.items()
+            if n in detached
+        ),
         jnp.zeros(()),
     )
     return log_p - factored.total(q_terms), measured, cancel

@@ -180,7 +180,7 @@ class HierarchicalProposal(AbstractProposal):
         return terms
 
     def _weight(self, z: Latents, key: Key) -> Array:
-        """log q(z, lambda) / r(lambda|z) at an extra lambda ~ r."""
+        """Log q(z, lambda) / r(lambda|z) at an extra lambda ~ r."""
         lam, excess = self.auxiliary.draw(z, self.prior, key)
         return sum((jnp.sum(t) for t in self._link.log_prob(lam, z).values()), excess)
 

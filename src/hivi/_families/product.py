@@ -44,7 +44,9 @@ def _groups(
         return [(family, sites)]
     if not isinstance(family, Mapping):
         raise FamilyError(
-            message("family", repr(family), "a family or a dict {site or pattern: family}", "for example hivi.MeanField()")
+            message(
+                "family", repr(family), "a family or a dict {site or pattern: family}", "for example hivi.MeanField()"
+            )
         )
     taken: dict[str, list[Site]] = {pattern: [] for pattern in family}
     for site in sites:
@@ -96,9 +98,8 @@ def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Ke
                 "use Hierarchical(prior=Flow()) or MeanField() for these sites",
             )
         )
-    arrays, static = eqx.partition(example, eqx.is_array)
+    static = eqx.partition(example, eqx.is_array)[1]
     stacked = jax.vmap(lambda k: eqx.filter(family.build(rows, k), eqx.is_array))(keys)
-    del arrays
     return RowsProposal(sites, eqx.combine(stacked, static), plate)
 
 
@@ -124,9 +125,7 @@ class RowsProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         keys = jax.random.split(key, self._count())
-        terms = batched(
-            self.rows, lambda p, v, c, k: p.log_q(v, c, k, inner), self._in(z), context, keys
-        )
+        terms = batched(self.rows, lambda p, v, c, k: p.log_q(v, c, k, inner), self._in(z), context, keys)
         return {f"{name}[{self.plate.name}]": value for name, value in terms.items()}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
@@ -148,7 +147,7 @@ class RowsProposal(AbstractProposal):
     def scales(self) -> dict[str, float]:
         z, context = jax.eval_shape(self.propose, jax.random.key(0))
         names = jax.eval_shape(lambda v, c: self.log_q(v, c, jax.random.key(0)), z, context)
-        return {name: self.plate.scale for name in [*names, f"q(tighter)[{self.plate.name}]"]}
+        return dict.fromkeys([*names, f"q(tighter)[{self.plate.name}]"], self.plate.scale)
 
     def score_weight(self, inner: int) -> float:
         return self.rows.score_weight(inner)
@@ -187,7 +186,7 @@ class ProductProposal(AbstractProposal):
         return z, tuple(reversed(contexts))
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
-        terms = {}
+        terms: dict[str, Array] = {}
         keys = jax.random.split(key, len(self.parts))
         for number, (p, c, k) in enumerate(zip(self.parts, context, keys, strict=True)):
             own = {s.name: z[s.name] for s in p.sites}

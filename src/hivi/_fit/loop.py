@@ -109,7 +109,9 @@ def fit(
     if mesh is not None:
         check_mesh(mesh, target, samples)
         placed, target = distribute(state.proposal, target, mesh)
-        state = dataclasses.replace(state, proposal=placed, moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array)))
+        state = dataclasses.replace(
+            state, proposal=placed, moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array))
+        )
     if tolerance is not None and plan.scheduled:
         state = dataclasses.replace(state, decay_from=jnp.minimum(state.decay_from, NEVER))
     identity = None
@@ -165,7 +167,12 @@ def _resolve(estimator: Any) -> AbstractEstimator:
 def _continue(start: Fit, target: Target) -> AbstractProposal:
     if start.sites != target.sites:
         raise FitError(
-            message("fit(start=...)", "a fit of other sites", f"sites {[s.name for s in target.sites]}", "use the same model")
+            message(
+                "fit(start=...)",
+                "a fit of other sites",
+                f"sites {[s.name for s in target.sites]}",
+                "use the same model",
+            )
         )
     return start.proposal
 
@@ -272,14 +279,23 @@ class _Run:
         draws = _starting_draws(state.proposal.gather(self.target.all_rows()), state.key)
         terms = eqx.filter_jit(lambda t, d: jax.vmap(t.terms)(d))(self.target, draws)
         bad = [f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))]
-        return f"not finite at draws from q: factors {sorted(set(bad))}" if bad else "all factors are finite at draws from q"
+        return (
+            f"not finite at draws from q: factors {sorted(set(bad))}"
+            if bad
+            else "all factors are finite at draws from q"
+        )
 
     def _checkpoint(self, finished: bool) -> None:
         if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):
             return
         self._saved = time.monotonic()
         arrays = store.pack(self.state) | {"history.elbo": self.elbo, "history.stderr": self.stderr}
-        meta = {"identity": self.identity, "last": self.last, "converged": self.converged, "recoveries": self.recoveries}
+        meta = {
+            "identity": self.identity,
+            "last": self.last,
+            "converged": self.converged,
+            "recoveries": self.recoveries,
+        }
         store.write(self.folder, "checkpoint", arrays, meta)
 
     def resume(self) -> None:

@@ -35,7 +35,9 @@ def check_mesh(mesh: Mesh, target: Target, samples: int) -> None:
         count = mesh.shape[name]
         if name != SAMPLES and name not in sizes:
             raise FitError(
-                message(f"mesh axis {name!r}", "no such plate", f'"samples" or one of {sorted(sizes)}', "rename the axis")
+                message(
+                    f"mesh axis {name!r}", "no such plate", f'"samples" or one of {sorted(sizes)}', "rename the axis"
+                )
             )
         size = samples if name == SAMPLES else sizes[name]
         if size % count:

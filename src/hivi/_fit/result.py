@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hivi._bounds import AbstractBound, Elbo
+from hivi._bounds import AbstractBound
 from hivi._errors import FitError, LoadError, message
 from hivi._estimators.surrogate import log_weights
 from hivi._families.base import AbstractProposal
@@ -90,8 +90,7 @@ class Fit:
             )
         if samples < 2:
             raise FitError(message("Fit.elbo(samples=...)", str(samples), "at least 2", "ask for more samples"))
-        values = _bound_values(self.proposal, self.target, bound or self.bound, key, samples)
-        values = np.asarray(values, float)
+        values = np.asarray(_bound_values(self.proposal, self.target, bound or self.bound, key, samples), float)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
 
     def sample(self, key: Key, samples: int = 1000) -> dict[str, Array]:
@@ -108,7 +107,7 @@ class Fit:
         return _constrain(self.target, self.sites, draws)
 
     def log_prob(self, z: Mapping[str, Array], *, key: Key, samples: int = 256) -> Array:
-        """log q(z) at values in the model's own space, per draw.
+        """Log q(z) at values in the model's own space, per draw.
 
         Exact where the family has a density; for a hierarchical family the log of an unbiased estimate of it, by importance
         sampling of lambda from r(lambda|z), consistent as `samples` grows.
@@ -225,7 +224,7 @@ def _batch_shape(sites: tuple[Site, ...], z: Mapping[str, Any]) -> tuple[int, ..
     return shapes.pop()
 
 
-@functools.partial(eqx.filter_jit)
+@eqx.filter_jit
 def _bound_values(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key, samples: int) -> Array:
     def one(k: Key) -> Array:
         return log_weights(proposal, target, bound, k)

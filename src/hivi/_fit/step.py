@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from hivi._bounds import AbstractBound
 from hivi._estimators.base import AbstractStrategy
-from hivi._estimators.surrogate import surrogate
+from hivi._estimators.surrogate import Estimated, surrogate
 from hivi._families.base import AbstractProposal
 from hivi._fit.parallel import shard_samples
 from hivi._target.base import Target
@@ -84,9 +84,7 @@ def initial_state(proposal: AbstractProposal, plan: Plan, key: Key, steps: int) 
     moments = plan.optimizer.init(eqx.filter(proposal, eqx.is_inexact_array))
     decay = max(1, int(0.4 * steps))
     zero = jnp.array(0, jnp.int32)
-    return State(
-        proposal, moments, key, zero, jnp.ones(()), zero + (steps - decay), zero + decay, zero
-    )
+    return State(proposal, moments, key, zero, jnp.ones(()), zero + (steps - decay), zero + decay, zero)
 
 
 def schedule(state: State) -> Array:
@@ -102,11 +100,10 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
     key, now = jax.random.split(state.key)
     shard = functools.partial(shard_samples, mesh=plan.mesh)
 
-    @functools.partial(eqx.filter_value_and_grad, has_aux=True)
-    def objective(proposal: AbstractProposal) -> tuple[Array, Any]:
+    def objective(proposal: AbstractProposal) -> tuple[Array, Estimated]:
         return surrogate(proposal, target, dict(plan.strategies), plan.bound, now, plan.samples, shard)
 
-    (value, estimated), gradient = objective(state.proposal)
+    (value, estimated), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.proposal)
     ok = jnp.isfinite(value) & finite(gradient)
     params, static = eqx.partition(state.proposal, eqx.is_inexact_array)
     # Optax goes down, the bound goes up: a user's optimiser sees the negative gradient, ours adds.

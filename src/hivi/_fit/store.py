@@ -80,7 +80,7 @@ def decode_site(raw: dict[str, Any]) -> Site:
     return Site(
         name=raw["name"],
         shape=tuple(raw["shape"]),
-        values=Values(*raw["values"]),
+        values=Values(**raw["values"]),
         constrained_shape=tuple(raw["constrained_shape"]),
         support=None if raw["support"] is None else decode_constraint(raw["support"]),
         plates=tuple((n, a) for n, a in raw["plates"]),
@@ -90,9 +90,9 @@ def decode_site(raw: dict[str, Any]) -> Site:
 
 def encode_constraint(constraint: Constraint) -> dict[str, Any]:
     """A NumPyro constraint by class name and parameters."""
-    children, (_, aux) = constraint.tree_flatten()
+    children, (names, aux) = constraint.tree_flatten()
     parts = [encode_constraint(c) if isinstance(c, Constraint) else np.asarray(c).tolist() for c in children]
-    return {"class": type(constraint).__name__, "parts": parts, "aux": dict(aux), "names": list(constraint.tree_flatten()[1][0])}
+    return {"class": type(constraint).__name__, "parts": parts, "aux": dict(aux), "names": list(names)}
 
 
 def decode_constraint(raw: dict[str, Any]) -> Constraint:
@@ -105,7 +105,8 @@ def decode_constraint(raw: dict[str, Any]) -> Constraint:
     if not (isinstance(cls, type) and issubclass(cls, Constraint)):
         raise LoadError(message("saved run", f"the constraint {raw['class']!r}", "one of NumPyro's", "update NumPyro"))
     children = [decode_constraint(p) if isinstance(p, dict) else jnp.asarray(p) for p in raw["parts"]]
-    return cls.tree_unflatten((tuple(raw["names"]), raw["aux"]), children)
+    unflatten: Any = cls.tree_unflatten  # type: ignore[attr-defined]
+    return unflatten((tuple(raw["names"]), raw["aux"]), children)
 
 
 def pack(tree: PyTree) -> dict[str, np.ndarray]:
@@ -114,7 +115,7 @@ def pack(tree: PyTree) -> dict[str, np.ndarray]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(tree, eqx.is_array)):
         name = jax.tree_util.keystr(path)
         raw = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        out[name] = np.ascontiguousarray(np.asarray(raw))
+        out[name] = np.array(raw, order="C")  # ascontiguousarray would turn scalars into vectors
     return out
 
 
@@ -135,7 +136,12 @@ def unpack(tree: PyTree, arrays: Mapping[str, np.ndarray], where: Path) -> PyTre
         if found is None or found.shape != expected.shape:
             what = "no such array" if found is None else f"shape {found.shape}"
             raise LoadError(
-                message(f"{where}: {name}", what, f"shape {expected.shape}", "this run was saved for another model or family")
+                message(
+                    f"{where}: {name}",
+                    what,
+                    f"shape {expected.shape}",
+                    "this run was saved for another model or family",
+                )
             )
         value = jnp.asarray(found, expected.dtype)
         return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key else value
@@ -167,9 +173,13 @@ def read(folder: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]
             meta = json.loads(handle.metadata()["hivi"])
         return load_file(path), meta
     except FileNotFoundError:
-        raise LoadError(message(str(folder), "no saved run", f"a file {path.name}", "check the folder's name")) from None
+        raise LoadError(
+            message(str(folder), "no saved run", f"a file {path.name}", "check the folder's name")
+        ) from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise LoadError(message(str(path), f"a damaged file ({error})", "a file that hivi wrote", "fit again")) from error
+        raise LoadError(
+            message(str(path), f"a damaged file ({error})", "a file that hivi wrote", "fit again")
+        ) from error
 
 
 def fingerprint(*things: Any) -> str:
@@ -178,7 +188,9 @@ def fingerprint(*things: Any) -> str:
     for thing in things:
         for leaf in jax.tree.leaves(thing):
             raw = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-            digest.update(np.asarray(raw).tobytes() if eqx.is_array(raw) or isinstance(raw, np.ndarray) else repr(raw).encode())
+            digest.update(
+                np.asarray(raw).tobytes() if eqx.is_array(raw) or isinstance(raw, np.ndarray) else repr(raw).encode()
+            )
     return digest.hexdigest()
 
 

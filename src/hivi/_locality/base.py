@@ -18,7 +18,7 @@ class All(NamedTuple):
 class Const(NamedTuple):
     """Every element of the factor touches one fixed index of this latent axis."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not tuple.index
 
 
 class Along(NamedTuple):

@@ -52,7 +52,9 @@ def peel(jaxpr: jex.Jaxpr) -> list[Term]:
 
 def _parts(eqn: jex.JaxprEqn, weight: float) -> list[tuple[Any, float]] | None:
     """The operands whose weighted totals add up to the total of this equation's output, or None."""
-    name, operands, out = eqn.primitive.name, eqn.invars, eqn.outvars[0]
+    name = eqn.primitive.name
+    operands: Any = eqn.invars
+    out: Any = eqn.outvars[0]
     if name in _SAME_TOTAL:
         return [(operands[0], weight)]
     if name == "convert_element_type" and np.issubdtype(operands[0].aval.dtype, np.floating):

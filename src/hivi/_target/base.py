@@ -52,7 +52,9 @@ class Target(eqx.Module):
         for s in self.sites:
             if s.name == name:
                 return s
-        raise TargetError(message(f"site {name!r}", "no such latent", f"one of {[s.name for s in self.sites]}", "check it"))
+        raise TargetError(
+            message(f"site {name!r}", "no such latent", f"one of {[s.name for s in self.sites]}", "check it")
+        )
 
     def all_rows(self) -> Rows:
         """The first `batch` rows of every subsampled plate."""
@@ -61,16 +63,14 @@ class Target(eqx.Module):
     def minibatch(self, key: Key) -> Rows:
         """Rows drawn without replacement, uniformly, from every subsampled plate."""
         keys = jax.random.split(key, max(len(self.plates), 1))
-        return {
-            p.name: jax.random.permutation(k, p.size)[: p.batch] for p, k in zip(self.plates, keys, strict=False)
-        }
+        return {p.name: jax.random.permutation(k, p.size)[: p.batch] for p, k in zip(self.plates, keys, strict=False)}
 
     def terms(self, z: Latents, rows: Rows | None = None) -> list[Array]:
         """The factor arrays at one z, unweighted and before their sums."""
         return self.factored.terms(z, self.data, self.all_rows() if rows is None else rows)
 
     def log_joint(self, z: Latents, rows: Rows | None = None) -> Float[Array, ""]:
-        """log p(x, z) in nats, in the engine's coordinates; with a minibatch an unbiased estimate."""
+        """Log p(x, z) in nats, in the engine's coordinates; with a minibatch an unbiased estimate."""
         return self.factored.total(self.terms(z, rows))
 
     def constrain(self, z: Latents) -> Latents:

@@ -87,9 +87,7 @@ def _dependent(name: str, plates: Sequence[Plate], inside: bool) -> str:
     return message(f"term {name!r}, subsampled plate {where}", found, "rows independent given the global latents", cure)
 
 
-def check_masks(
-    evaluate: Callable[..., Mapping[str, Any]], masks: Mapping[str, Any], sites: Sequence[Site]
-) -> None:
+def check_masks(evaluate: Callable[..., Mapping[str, Any]], masks: Mapping[str, Any], sites: Sequence[Site]) -> None:
     """Refuse masked latents that something still depends on.
 
     A coordinate that nothing holds would be a free parameter of q. Where nothing else depends on the masked

@@ -73,7 +73,9 @@ def from_log_joint(
 
 def _site(name: str, latent: Latent) -> Site:
     if not isinstance(latent, Latent):
-        raise TargetError(message(f"latent {name!r}", repr(latent), "a hivi.Latent", "hivi.Latent(shape=..., support=...)"))
+        raise TargetError(
+            message(f"latent {name!r}", repr(latent), "a hivi.Latent", "hivi.Latent(shape=..., support=...)")
+        )
     return make_site(name, tuple(latent.shape), latent.support, tuple(latent.plates.items()))
 
 

@@ -1,4 +1,4 @@
-"""Read a NumPyro model: one run under a handler that sets every latent and keeps every log-density element by element."""
+"""Read a NumPyro model: one run under a handler that sets every latent and keeps log-densities element by element."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ import numpy as np
 from hivi import _jaxprs
 from hivi._errors import TargetError, message
 from hivi._factored import Factored, factorise
-from hivi._locality.axes import scopes
 from hivi._space import Plate, Site, Values, make_site
-from hivi._target import minibatch
+from hivi._target import checks, slicing
 from hivi._target.base import Target
 from hivi._target.log_joint import traced_control_flow
 from hivi._target.replay import replay
@@ -34,8 +33,8 @@ def from_numpyro(
 
     Understood: plates (nested, crossed, with `dim`), `to_event`, `handlers.mask`, `scale`, `condition`, `reparam`,
     `scope`, `numpyro.factor`, `deterministic`, improper priors whose support has a bijection, and
-    `numpyro.contrib.control_flow`. A latent inside `scan` has the steps as its first axis, in the order of `xs`. A latent
-    `Delta` is a deterministic value with its `log_density`. The user's scale multiplies log-densities, not Jacobians.
+    `numpyro.contrib.control_flow`. A latent inside `scan` has the steps as its first axis, in the order of `xs`.
+    A latent `Delta` is a deterministic value with its `log_density`. `handlers.scale` does not scale Jacobians.
 
     A mask on a *latent* (also by `obs_mask=`, which makes `NAME_unobserved`) is dropped: masked coordinates keep
     their prior, which leaves the evidence as it is, provided that nothing else depends on them; that is checked.
@@ -75,7 +74,7 @@ def from_numpyro(
         try:
             return _build(name, _Source(model, arguments, constant), dict(subsample or {}))
         except (TypeError, IndexError) as error:
-            if not _needs_value(error):
+            if not slicing.needs_value(error):
                 raise
             last = error
     assert last is not None
@@ -99,10 +98,11 @@ class _Arguments(NamedTuple):
             positional = []
         names = []
         for path, _ in paths:
-            (kind, first), inner = path[:2], jax.tree_util.keystr(path[2:])
-            index = getattr(first, "idx", getattr(first, "key", ""))
-            known = kind.idx == 0 and index < len(positional)
-            names.append(f"{positional[index] if known else index}{inner}")
+            first: Any = path[1]
+            index = getattr(first, "idx", getattr(first, "key", None))
+            if isinstance(index, int):
+                index = positional[index] if index < len(positional) else f"args[{index}]"
+            names.append(f"{index}{jax.tree_util.keystr(path[2:])}")
         leaves = tuple(leaf for _, leaf in paths)
         return cls(leaves, treedef, tuple(k for k, leaf in enumerate(leaves) if _is_numeric(leaf)), tuple(names))
 
@@ -121,12 +121,6 @@ def _is_numeric(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
 
 
-def _needs_value(error: Exception) -> bool:
-    """Whether Python code asked for the value of something traced."""
-    known = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
-    return isinstance(error, known) or (type(error) is TypeError and "concrete" in str(error))
-
-
 class _Source:
     """The model, ready to be read with any values of its traced arguments."""
 
@@ -136,9 +130,16 @@ class _Source:
         self.traced = tuple(k for k in arguments.arrays if k not in constant)
         self.data = [jnp.asarray(self.leaves[k]) for k in self.traced]
 
-    def name(self, number: int) -> str:
-        """Name of a traced argument."""
-        return self.arguments.names[self.traced[number]]
+    @property
+    def names(self) -> list[str]:
+        """Names of the traced arguments."""
+        return [self.arguments.names[k] for k in self.traced]
+
+    def as_model(self, sites: Sequence[Site], plates: Sequence[Plate]) -> slicing.Model:
+        """The model as slicing sees it."""
+        return slicing.Model(
+            lambda z, data, rows: self.read(data, z=z, rows=rows), self.data, self.names, sites, plates
+        )
 
     def read(self, data: Sequence[Any], **options: Any) -> Reader:
         """Run the model once."""
@@ -164,35 +165,29 @@ def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
         cure = "sample something without obs=; handlers.condition and substitute also fix latents"
         raise TargetError(message(f"model {name!r}", "no latent sample statement", "at least one", cure))
     _check_missing(found)
-    plates = minibatch.choose(found.reader.plates, requested)
+    plates = slicing.choose(found.reader.plates, requested)
     sites = _sites(found, plates)
-    notes = _notes(source, found)
-    slices: minibatch.Slices = {}
-    if plates:
-        slices = _slices(source, found, sites, plates)
-        notes += [
-            f"argument {source.name(k)}: axis {axis} is sliced by the minibatch of plate {plate!r}"
-            for k, pairs in slices.items()
-            for axis, plate in pairs
-        ]
+    slices = slicing.find_slices(source.as_model(sites, plates)) if plates else {}
     terms = _terms(source, found, slices)
     scales = {
         label: term.scale * math.prod(p.scale for p in plates if p.name in dict(term.plates))
         for label, term in found.reader.terms.items()
     }
-    factored = factorise(terms, {s.name: s.example() for s in sites}, source.data, _rows(plates), scales=scales)
+    factored = factorise(
+        terms, {s.name: s.example() for s in sites}, source.data, slicing.row_numbers(plates), scales=scales
+    )
     consts = tuple(c if isinstance(c, jax.Array) else jnp.asarray(c) for c in factored.consts)
     factored = Factored(factored.program, consts, factored.overrides)
     _check_held(found, factored)
     if plates:
-        evaluate = jax.jit(lambda z, rows, data: terms(z, data, rows))
-        axes = {label: _axes(term, plates) for label, term in found.reader.terms.items()}
-        minibatch.check_rows(lambda z, rows: evaluate(z, rows, source.data), axes, sites, plates)
+        compiled = jax.jit(terms)
+        axes = {label: slicing.plate_axes(term, plates) for label, term in found.reader.terms.items()}
+        checks.check_rows(lambda z, rows: compiled(z, source.data, rows), axes, sites, plates)
     _check_masks(source, found, sites)
     constrainer = None
     if any(s.support is None and not s.discrete for s in sites):
         constrainer = replay(lambda z, data: source.read(data, z=z).values, sites, source.data)
-    return Target(name, sites, factored, source.data, plates, tuple(notes), constrainer)
+    return Target(name, sites, factored, source.data, plates, _notes(source, found, slices), constrainer)
 
 
 def _discover(source: _Source) -> _Found:
@@ -238,13 +233,13 @@ def _check_missing(found: _Found) -> None:
             index, more = [int(i) for i in places[0]], len(places) - 1
             text = f"NaN in the observations, first at index {index}" + (f" and at {more} more" if more else "")
             cure = "wrap the statement in numpyro.handlers.mask(mask=~jnp.isnan(y)), or leave these rows out"
-            raise TargetError(message(f"site {label!r}", text, "observed values, or a mask over the missing ones", cure))
+            raise TargetError(message(f"site {label!r}", text, "observed values, or a mask on missing ones", cure))
 
 
 def _sites(found: _Found, plates: Sequence[Plate]) -> tuple[Site, ...]:
     sites = []
     for label, latent in found.reader.latents.items():
-        local = minibatch.local_to(label, latent.plates, plates)
+        local = slicing.local_to(label, latent.plates, plates)
         support = found.supports.get(label, latent.support)
         leaves = jax.tree.leaves(support)
         # Arrays in a support may change between equal programs, so that only numbers make it static.
@@ -255,23 +250,24 @@ def _sites(found: _Found, plates: Sequence[Plate]) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def _notes(source: _Source, found: _Found) -> list[str]:
+def _notes(source: _Source, found: _Found, slices: slicing.Slices) -> tuple[str, ...]:
     notes = []
     if source.constant:
         names = ", ".join(source.arguments.names[k] for k in source.constant)
-        notes.append(f"arguments {names}: read as constants, since Python code uses their values; new ones compile anew")
-    notes += [f"site {s!r}: infer={{'enumerate': ...}} is not used, the site gets its own q" for s in found.reader.enumerated]
-    notes += [f"site {s!r}: masked coordinates keep their prior; nothing else depends on them" for s in found.masks]
-    return notes
+        notes.append(f"arguments {names}: read as constants, since Python code uses their values; new ones recompile")
+    for k, pairs in slices.items():
+        notes += [f"argument {source.names[k]}: axis {axis} is sliced along plate {plate!r}" for axis, plate in pairs]
+    for name in found.reader.enumerated:
+        notes.append(f"site {name!r}: infer={{'enumerate': ...}} is not used; the site gets its own q")
+    notes += [
+        f"site {name!r}: masked coordinates keep their prior; nothing else depends on them" for name in found.masks
+    ]
+    return tuple(notes)
 
 
-def _terms(source: _Source, found: _Found, slices: minibatch.Slices) -> Callable[..., dict[str, Any]]:
+def _terms(source: _Source, found: _Found, slices: slicing.Slices) -> Callable[..., dict[str, Any]]:
     def terms(z: Mapping[str, Any], data: Sequence[Any], rows: Mapping[str, Any]) -> dict[str, Any]:
-        data = list(data)
-        for k, pairs in slices.items():
-            for axis, plate in pairs:
-                data[k] = jnp.take(data[k], rows[plate], axis=axis)
-        reader = source.read(data, z=z, rows=rows)
+        reader = source.read(slicing.take(data, rows, slices), z=z, rows=rows)
         if reader.terms.keys() != found.reader.terms.keys():
             names = sorted(reader.terms.keys() ^ found.reader.terms.keys())
             expected, cure = "the same statements for every minibatch", "do not let their number depend on the rows"
@@ -305,4 +301,4 @@ def _check_masks(source: _Source, found: _Found, sites: Sequence[Site]) -> None:
         return {label: term.array for label, term in terms.items() if not term.latent}
 
     compiled = jax.jit(evaluate)
-    minibatch.check_masks(lambda z: compiled(z, source.data), found.masks, sites)
+    checks.check_masks(lambda z: compiled(z, source.data), found.masks, sites)
