@@ -102,6 +102,7 @@ PRECISE: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
         REAL,
         ROW,
     ),
+    "right-hand sides": (lambda z: jax.scipy.linalg.solve_triangular(jnp.eye(4), z), REAL, {(ALL, A1)}),
     "where": (lambda z: jnp.where(z[0] > 1, 1.0, z), VECTOR, {(ALL,)}),
     "where of another": (lambda z: jnp.where(z[0] > 1, 1.0, z[1]), VECTOR, {(Const(0),), (Const(1),)}),
 }
@@ -275,15 +276,16 @@ def test_an_accumulator_is_reported():
     assert not losses
 
 
+@pytest.mark.usefixtures("fast")
 def test_time_is_linear_and_sizes_do_not_matter():
     def fn(z: jax.Array) -> jax.Array:
         return jnp.stack([jnp.sin(z[i]) * z[i + 1] for i in range(500)])
 
     closed = jax.make_jaxpr(fn)(jnp.zeros(100_000))
     assert len(closed.jaxpr.eqns) > 3000
-    start = time.perf_counter()
+    start = time.process_time()
     (scope,), _ = axes.scopes(closed.jaxpr, ["z"])
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert scope == {"z": frozenset(PAIR)}
 
 
@@ -378,7 +380,7 @@ class Pool(NamedTuple):
 
 
 def triangle(p: Pool) -> jax.Array:
-    return real(lax.linalg.triangular_solve(p.m + 6.0 * EYE, p.n * 1.0, left_side=True, lower=True))
+    return real(lax.linalg.triangular_solve(p.m + 6.0 * EYE, p.n * 1.0, left_side=p.k < 2, lower=p.k % 2 == 0))
 
 
 def while_rows(p: Pool) -> jax.Array:
@@ -549,6 +551,9 @@ STEPS: dict[str, Callable[[Pool], Any]] = {
         lax.linalg.tridiagonal_solve(p.n * 1.0, p.m + 9.0, p.n * 1.0, p.m[..., None] * 1.0)[..., 0]
     ),
     "triangular": triangle,
+    "right-hand sides": lambda p: real(
+        lax.linalg.triangular_solve(TABLE[:4, :4] + 9 * EYE, p.m * 9.0, left_side=p.k % 2 == 0, lower=True)
+    ),
     "solve": lambda p: real(jnp.linalg.solve(p.m + 30 * EYE, p.v * 9.0)),
     "fft": lambda p: real(jnp.abs(jnp.fft.fft(p.m * 1.0))),
     "table": lambda p: jnp.asarray(TABLE)[p.m, p.k],

@@ -31,7 +31,17 @@ ROWS: tuple[tuple[str, ...], ...] = (
 ROW = {place: row for row, places in enumerate(ROWS) for place in places}
 
 # Inside a folder, files import its base.py alone, and these:
-PAIRS = {("_locality/axes.py", "_locality/rules.py")}
+PAIRS = {
+    *(
+        (("_locality/axes.py"), f"_locality/{part}.py")
+        for part in ("rules", "indexing", "integers", "loops", "merging")
+    ),
+    *(("_families/hierarchical.py", f"_families/{part}.py") for part in ("auxiliary", "flow", "full_rank", "mixture")),
+    ("_estimators/auto.py", "_estimators/differences.py"),
+    ("_estimators/auto.py", "_estimators/pathwise.py"),
+    ("_estimators/auto.py", "_estimators/score.py"),
+    ("_target/log_joint.py", "_target/base.py"),
+}
 FREE = {"_fit/", "cli/", "reproduce/"}  # any imports inside, as long as they make no circle
 
 FILES = sorted(p.relative_to(SRC).as_posix() for p in SRC.rglob("*.py"))

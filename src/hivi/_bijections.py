@@ -19,12 +19,11 @@ from flowjax.bijections import (
     Coupling,
     Flip,
     MaskedAutoregressive,
-    Planar,
     RationalQuadraticSpline,
     Scan,
     Vmap,
 )
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from paramax import Parameterize, unwrap
 
 from hivi._errors import FamilyError, message
@@ -38,35 +37,59 @@ START = 1e-2
 MAX_LOG_SCALE = 2.0
 NEWTON_STEPS = 10
 _PLANAR_ZERO = 1.5132436
-"""log(exp(e-1)-1): where FlowJAX's invertibility constraint maps the planar scale to exactly zero."""
+"""log(exp(e-1)-1): where the invertibility constraint of a planar layer maps the planar scale to exactly zero."""
 
 
-class InvertiblePlanar(AbstractBijection):
-    """FlowJAX's planar layer y = x + u tanh(w.x + b) with an inverse: one scalar root, found by Newton's method."""
+class PlanarFlow(AbstractBijection):
+    """Planar layers y = x + u tanh(w.x + b) in sequence (Rezende & Mohamed 2015), with an inverse.
 
-    layer: Planar
+    FlowJAX has the layer, but without an inverse and with its parameters apart; here they are one array, because an optimiser
+    pays for every leaf. The inverse of a layer is one scalar root.
+
+    Attributes:
+        params: (layers, 2 dim + 1): w, the unconstrained u, and b of every layer.
+    """
+
+    params: Float[Array, "layers parameters"]
     shape: tuple[int, ...]
     cond_shape: ClassVar[None] = None  # type: ignore[misc]
 
-    def __init__(self, layer: Planar):
-        self.layer, self.shape = layer, layer.shape
+    def __init__(self, params: Float[Array, "layers parameters"]):
+        self.params = params
+        self.shape = ((params.shape[1] - 1) // 2,)
+
+    def _layers(self) -> list[tuple[Array, Array, Array]]:
+        """(w, u, b) per layer, with u constrained so that the layer is invertible."""
+        w, raw, b = jnp.split(self.params, [self.shape[0], 2 * self.shape[0]], axis=1)
+        inner = jnp.sum(w * raw, 1, keepdims=True)
+        u = raw + (jnp.log1p(jax.nn.softplus(inner)) - 1 - inner) * w / jnp.sum(w * w, 1, keepdims=True)
+        return [(w[k], u[k], b[k, 0]) for k in range(self.params.shape[0])]
 
     def transform_and_log_det(self, x: Any, condition: Any = None) -> tuple[Array, Array]:
-        """Y and log |dy/dx|."""
-        return self.layer.transform_and_log_det(x)
+        """Value y and log |dy/dx|."""
+        slopes = []
+        for w, u, b in self._layers():
+            act = jnp.tanh(_dot(x, w) + b)
+            slopes.append(1 + (1 - act**2) * _dot(w, u))
+            x = x + u * act
+        return x, jnp.sum(jnp.log(jnp.stack(slopes)))
 
     def inverse_and_log_det(self, y: Any, condition: Any = None) -> tuple[Array, Array]:
-        """X and log |dx/dy|; differentiable through one Newton step at the root (implicit function theorem)."""
-        planar = self.layer.get_planar()
-        u, w, b = planar.get_act_scale(), planar.weight, planar.bias
-        wu, target = w @ u, w @ y + b
+        """Value x and log |dx/dy|; differentiable through one Newton step at each root (implicit function theorem)."""
+        slopes = []
+        for w, u, b in reversed(self._layers()):
+            wu, target = _dot(w, u), _dot(w, y) + b
+            a = jax.lax.stop_gradient(_root(wu, target))
+            slope = jax.lax.stop_gradient(1 + wu * (1 - jnp.tanh(a) ** 2))
+            act = jnp.tanh(a - (a + wu * jnp.tanh(a) - target) / slope)
+            slopes.append(1 + (1 - act**2) * wu)
+            y = y - u * act
+        return y, -jnp.sum(jnp.log(jnp.stack(slopes)))
 
-        a = jax.lax.stop_gradient(_root(wu, target))
-        # One differentiable Newton step at the root: the implicit function theorem.
-        slope = jax.lax.stop_gradient(1 + wu * (1 - jnp.tanh(a) ** 2))
-        a = a - (a + wu * jnp.tanh(a) - target) / slope
-        x = y - u * jnp.tanh(a)
-        return x, -self.layer.transform_and_log_det(x)[1]
+
+def _dot(a: Array, b: Array) -> Array:
+    """Inner product as a fused sum: for short vectors a matrix product costs a call of its own."""
+    return jnp.sum(a * b)
 
 
 def _root(c: Array, target: Array) -> Array:
@@ -119,7 +142,7 @@ def _skeleton(kind: str, dim: int, layers: int) -> AbstractBijection:
 def _build(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
     keys = jax.random.split(key, layers)
     if kind == "planar":
-        return Chain([_planar(dim, k) for k in keys])
+        return PlanarFlow(jax.vmap(lambda k: _planar(dim, k))(keys))
     if dim == 1:
         return Chain([Vmap(_spline(), axis_size=1) for _ in keys])
     stacked = Scan(eqx.filter_vmap(lambda k: _network_layer(kind, dim, k))(keys))
@@ -127,14 +150,12 @@ def _build(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
     return Chain([stacked, _flip(dim)]) if layers % 2 else stacked
 
 
-def _planar(dim: int, key: Key) -> InvertiblePlanar:
-    k1, k2, k3, k4 = jax.random.split(key, 4)
+def _planar(dim: int, key: Key) -> Float[Array, " parameters"]:
+    k1, k2, k3 = jax.random.split(key, 3)
     w = jax.random.normal(k1, (dim,))
     w = w / jnp.linalg.norm(w)
-    bias = jax.random.uniform(k3, (1,), minval=-1.0, maxval=1.0)
-    u = w * _PLANAR_ZERO / (w @ w) + START * jax.random.normal(k2, (dim,))
-    layer = eqx.tree_at(lambda p: p.params, Planar(k4, dim=dim), jnp.concatenate([w, u, bias]))
-    return InvertiblePlanar(layer)
+    u = w * _PLANAR_ZERO + START * jax.random.normal(k2, (dim,))
+    return jnp.concatenate([w, u, jax.random.uniform(k3, (1,), minval=-1.0, maxval=1.0)])
 
 
 def _spline() -> RationalQuadraticSpline:

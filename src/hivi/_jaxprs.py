@@ -75,7 +75,9 @@ def prune(jaxpr: jex.Jaxpr, keep: Sequence[bool]) -> tuple[jex.Jaxpr, list[bool]
 
 def evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Run an open jaxpr on concrete or traced values."""
-    return jax.core.eval_jaxpr(jaxpr, [], *args)
+    # Results that are literals of the program come back as numbers or NumPy arrays.
+    results = jax.core.eval_jaxpr(jaxpr, [], *args)
+    return [x if isinstance(x, jax.Array) else jax.numpy.asarray(x) for x in results]
 
 
 def fingerprint(jaxpr: jex.Jaxpr) -> str:

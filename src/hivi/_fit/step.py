@@ -131,19 +131,16 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
 
 @eqx.filter_jit
 def run_chunk(state: State, target: Target, plan: Plan, last: Int[Array, ""]) -> tuple[State, Info]:
-    """`CHUNK` steps in one compiled scan; steps at or beyond `last` are not taken, and their info is NaN."""
+    """Up to `CHUNK` steps in one compiled loop; steps at or beyond `last` are not taken, and their info is NaN."""
     arrays, static = eqx.partition(state, eqx.is_array)
+    blank = jnp.full(CHUNK, jnp.nan, jnp.result_type(float))
 
-    def body(carry: PyTree, _: None) -> tuple[PyTree, Info]:
-        def take(c: PyTree) -> tuple[PyTree, Info]:
-            new, info = step(eqx.combine(c, static), target, plan)
-            return eqx.filter(new, eqx.is_array), info
+    def body(number: Array, carry: PyTree) -> PyTree:
+        current, infos = carry
+        new, info = step(eqx.combine(current, static), target, plan)
+        infos = jax.tree.map(lambda all_, one: all_.at[number].set(one.astype(all_.dtype)), infos, info)
+        return eqx.filter(new, eqx.is_array), infos
 
-        def rest(c: PyTree) -> tuple[PyTree, Info]:
-            nothing = jnp.full((), jnp.nan, jnp.result_type(float))
-            return c, Info(nothing, nothing)
-
-        return jax.lax.cond(carry.step < last, take, rest, carry)
-
-    arrays, info = jax.lax.scan(body, arrays, None, length=CHUNK)
+    count = jnp.minimum(CHUNK, last - state.step)
+    arrays, info = jax.lax.fori_loop(0, count, body, (arrays, Info(blank, blank)))
     return eqx.combine(arrays, static), info

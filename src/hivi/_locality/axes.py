@@ -66,10 +66,9 @@ def scopes(
         One scope per output variable, and the places where locality was given up.
     """
     sizes = {site: tuple(v.aval.shape) for site, v in zip(seeds, jaxpr.invars, strict=True) if site is not None}
-    interpreter = _Interpreter(sizes)
-    values = [None] * len(jaxpr.constvars) if consts is None else consts
+    interpreter = _Interpreter(sizes, trusting=consts is not None)
     try:
-        constants = [_literal(_shape(v), c) for v, c in zip(jaxpr.constvars, values, strict=True)]
+        constants = interpreter.constants(jaxpr, consts)
         args = [
             Arr(_shape(v), {} if site is None else {site: identity(len(sizes[site]))})
             for v, site in zip(jaxpr.invars, seeds, strict=True)
@@ -99,18 +98,15 @@ def _literal(shape: Shape, value: Any) -> Arr:
     return Arr(shape, {}, known, fit_columns(value) if short else None)
 
 
-def _open(jaxpr: Any) -> tuple[Any, list[Arr]]:
-    """The open jaxpr inside, and its constants."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    values = list(getattr(jaxpr, "consts", ())) or [None] * len(inner.constvars)
-    return inner, [_literal(_shape(v), c) for v, c in zip(inner.constvars, values, strict=True)]
-
-
 class _Interpreter:
-    """Walks jaxprs. `depth` counts the enclosing loops, whose steps are the axes -1, ..., -depth."""
+    """Walks jaxprs. `depth` counts the enclosing loops, whose steps are the axes -1, ..., -depth.
 
-    def __init__(self, sizes: dict[str, Shape]) -> None:
+    Only if `trusting` may the values of constant arrays shape the answer.
+    """
+
+    def __init__(self, sizes: dict[str, Shape], trusting: bool) -> None:
         self.sizes = sizes
+        self.trusting = trusting
         self.losses: dict[Loss, None] = {}
         self.depth = 0
 
@@ -120,7 +116,10 @@ class _Interpreter:
         env.update(zip(jaxpr.invars, args, strict=True))
 
         def read(v: Any) -> Arr:
-            return _literal(_shape(v), v.val) if isinstance(v, Literal) else env[v]
+            if not isinstance(v, Literal):
+                return env[v]
+            shape = _shape(v)
+            return _literal(shape, v.val if self.trusting or not shape else None)
 
         for eqn in jaxpr.eqns:
             shapes = [_shape(v) for v in eqn.outvars]
@@ -202,10 +201,16 @@ class _Interpreter:
 
     def call(self, jaxpr: Any, args: Sequence[Arr]) -> list[Arr]:
         """Interpret a nested jaxpr."""
-        inner, consts = _open(jaxpr)
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        values = list(getattr(jaxpr, "consts", ())) if self.trusting else []
         if len(inner.invars) != len(args):
             raise Unsupported
-        return self.run(inner, consts, args)
+        return self.run(inner, self.constants(inner, values or None), args)
+
+    def constants(self, jaxpr: Any, values: Sequence[Any] | None) -> list[Arr]:
+        """Constant variables of a jaxpr; without values, only their shapes are known."""
+        values = [None] * len(jaxpr.constvars) if values is None else values
+        return [_literal(_shape(v), c) for v, c in zip(jaxpr.constvars, values, strict=True)]
 
     def widened(self, name: str, old: Scope, new: Scope) -> Scope:
         """A scope that covers both, by one map for each site that grew."""

@@ -8,7 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from hivi._locality.base import ALL, Along, Arr, AxisMap, Const, Entry, Known, Loss, Params, Read, Scope, Shape, Unsupported, total
+from hivi._locality.base import (
+    ALL,
+    Along,
+    Arr,
+    AxisMap,
+    Const,
+    Entry,
+    Known,
+    Loss,
+    Params,
+    Read,
+    Scope,
+    Shape,
+    Unsupported,
+    total,
+)
 
 _PATIENCE = 8  # passes over a loop body before the maps of its carry are joined
 _LIMIT = 24  # passes before the carry is taken to depend on everything

@@ -142,6 +142,17 @@ def _linalg(core: int) -> Rule:
     return rule
 
 
+def _triangular_solve(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
+    """Each right-hand side is solved alone: columns of b, or its rows where the matrix is on the right."""
+    if args[0].shape[:-2] != outs[0][:-2] or args[1].shape != outs[0]:
+        raise Unsupported
+    rank = len(outs[0])
+    matrix, sides = _straight(rank), _straight(rank)
+    matrix[-2:] = [ALL, ALL]
+    sides[-2 if params["left_side"] else -1] = ALL
+    return [[Read(0, tuple(matrix), "matrix routine"), Read(1, tuple(sides), "matrix routine")]]
+
+
 def _dot_general(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
     contract, batch = params["dimension_numbers"]
     out = itertools.count(len(batch[0]))
@@ -239,10 +250,10 @@ BASIC: dict[str, Rule] = {
         _mixed(lambda params, rank: [params["axis"]], "cumulative axis"),
     ),
     "sort": _mixed(lambda params, rank: [params["dimension"]], "sorted axis"),
-    "top_k": _mixed(lambda params, rank: [params.get("axis", -1)], "sorted axis"),
+    "top_k": _mixed(lambda params, rank: [params["axis"]], "sorted axis"),
     "fft": _mixed(lambda params, rank: range(rank - len(params["fft_lengths"]), rank), "Fourier transform"),
     **dict.fromkeys(("cholesky", "eig", "eigh", "hessenberg", "lu", "qr", "schur", "svd"), _linalg(2)),
-    **dict.fromkeys(("triangular_solve", "tridiagonal", "householder_product"), _linalg(2)),
+    **dict.fromkeys(("tridiagonal", "householder_product"), _linalg(2)),
     **dict.fromkeys(("lu_pivots_to_permutation", "tridiagonal_solve"), _linalg(1)),
     "broadcast_in_dim": _view(_broadcast_in_dim),
     "transpose": _view(_transpose),
@@ -250,6 +261,7 @@ BASIC: dict[str, Rule] = {
     "slice": _view(_slice),
     "rev": _view(_rev),
     "reshape": _view(_reshape, "merged or split axes"),
+    "triangular_solve": _triangular_solve,
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "concatenate": _concatenate,

@@ -51,8 +51,9 @@ def check_rows(
     rows = [{p.name: rng.permutation(p.size)[: p.batch] for p in plates} for _ in range(2)]
     for p in plates:
         shared = rows[0][p.name][0]
-        others = rng.permutation(np.setdiff1d(np.arange(p.size), [shared]))
-        rows[1][p.name] = np.append(others[: p.batch - 1], shared)
+        new = rng.permutation(np.setdiff1d(np.arange(p.size), rows[0][p.name]))
+        others = np.append(new, rows[0][p.name][1:])[: p.batch - 1]
+        rows[1][p.name] = np.append(rng.permutation(others), shared)
     for s in sites:
         if s.local is None:
             two[s.name] = one[s.name]
@@ -67,7 +68,7 @@ def check_rows(
     for name, where in axes.items():
         a, b = np.asarray(first[name]), np.asarray(second[name])
         for axis in sorted(where.values(), reverse=True):
-            a, b = np.take(a, 0, axis), np.take(b, -1, axis)
+            a, b = np.asarray(np.take(a, 0, axis)), np.asarray(np.take(b, -1, axis))
         if not np.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, _size(a)), equal_nan=True):
             raise TargetError(_dependent(name, plates, bool(where)))
 

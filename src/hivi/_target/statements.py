@@ -123,9 +123,9 @@ class Reader(numpyro_primitives.Messenger):
             with self:
                 model()
         except AssertionError as error:
-            if not _raised_in_numpyro(error):
+            if "unique names" not in str(error):  # NumPyro's assertion, where a scan body repeats a name
                 raise
-            raise _of_assertion(error) from error
+            raise TargetError(_duplicate(str(error).split("`")[1])) from error
         return self
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ class Reader(numpyro_primitives.Messenger):
         elif kind in ("param", "mutable"):
             raise TargetError(_parameter(kind, msg["name"]))
         elif kind == "prng_key" and msg["value"] is None and msg["kwargs"]["rng_key"] is None:
-            raise TargetError(_RANDOM)
+            raise TargetError(_random(hidden=_blocks() > 0))
 
     def _plate(self, msg: dict[str, Any]) -> None:
         name, (size, declared) = msg["name"], msg["args"]
@@ -287,11 +287,10 @@ def unwrap(fn: Any) -> tuple[Any, Any, int]:
     events = 0
     while isinstance(fn, MaskedDistribution | Independent | ExpandedDistribution):
         if isinstance(fn, MaskedDistribution) and fn._mask is not True:
-            own = jnp.asarray(fn._mask)
-            own = own.reshape(own.shape + (1,) * events)
-            mask = own if mask is True else own & mask
+            mask = jnp.asarray(fn._mask) if mask is True else fn._mask & mask
         elif isinstance(fn, Independent):
             events += fn.reinterpreted_batch_ndims
+            mask = mask if mask is True else mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
         fn = fn.base_dist
     return fn, mask, events
 
@@ -341,12 +340,15 @@ def _blocks() -> int:
 
 _CONTROL_FLOW = "use jnp.where, jax.lax or numpyro.contrib.control_flow instead of `if` and `for` on changing values"
 
-_RANDOM = message(
-    "numpyro.prng_key",
-    "random numbers outside sample statements",
-    "a log-joint without randomness",
-    "make them a latent (numpyro.sample), draw them before the model, or wrap the model in numpyro.handlers.seed",
-)
+
+def _random(hidden: bool) -> str:
+    if hidden:  # block asks for a key for each statement that it hides and that has no value
+        found = "a statement hidden by handlers.block, or a scan, cond or subsampled plate inside a scan or cond"
+        cure = "take it out of the block; use jax.lax for inner loops, and make subsampled plates outside"
+        return message("numpyro.prng_key", found, "statements that inference can see", cure)
+    cure = "make them a latent (numpyro.sample), draw them before the model, or wrap it in numpyro.handlers.seed"
+    found = "random numbers outside sample statements"
+    return message("numpyro.prng_key", found, "a log-joint without randomness", cure)
 
 
 def _parameter(kind: str, name: str) -> str:
@@ -366,20 +368,3 @@ def _duplicate(name: str) -> str:
 def _nested(name: str) -> str:
     cure = "use jax.lax.scan for the inner loop, with its latents sampled before it"
     return message(f"site {name!r}", "a latent inside nested scan or cond", "one level of them", cure)
-
-
-def _raised_in_numpyro(error: BaseException) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and traceback.tb_frame.f_globals.get("__name__", "").startswith("numpyro.")
-
-
-def _of_assertion(error: AssertionError) -> TargetError:
-    """NumPyro asserts unique names inside scan bodies, and a key wherever it samples."""
-    text = str(error)
-    if "unique names" in text:
-        return TargetError(_duplicate(text.split("`")[1] if "`" in text else "?"))
-    cure = "take the statement out of handlers.block, or give it a name and a prior of its own"
-    found = f"a failed assertion ({text or 'probably a sample statement without a key'})"
-    return TargetError(message("model", found, "sample statements that inference can see", cure))
