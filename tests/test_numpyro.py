@@ -192,9 +192,9 @@ def branches():
 
 
 def wrapped(y):
-    with handlers.scope(prefix="in"), handlers.reparam(config={"theta": LocScaleReparam(0.0)}):
-        with numpyro.plate("n", len(y)):
-            theta = numpyro.sample("theta", dist.Normal(1.0, 2.0))
+    centred = handlers.reparam(config={"theta": LocScaleReparam(0.0)})
+    with handlers.scope(prefix="in"), centred, numpyro.plate("n", len(y)):
+        theta = numpyro.sample("theta", dist.Normal(1.0, 2.0))
     with numpyro.plate("n", len(y)):
         numpyro.sample("y", dist.Normal(theta, 1), obs=y)
     fixed = numpyro.sample("fixed", dist.Delta(theta[0] * 2, log_density=-1.5))
@@ -232,6 +232,7 @@ AGREE = {
 def test_log_joint_is_numpyros(case):
     model, *args = AGREE[case]
     target = from_numpyro(model, *args)
+    assert from_numpyro(model, *args).factored.program == target.factored.program
     z = point(target)
     reals = {s.name: z[s.name] for s in target.sites if not s.discrete}
     value, gradient = jax.jit(jax.value_and_grad(lambda u: target.log_joint({**z, **u})))(reals)
@@ -745,7 +746,7 @@ def test_what_cannot_be_read_is_refused(case):
 
 
 def test_no_latents():
-    with pytest.raises(TargetError, match="'model'.*no latent.*Cure: "):
+    with pytest.raises(TargetError, match=r"'model'.*no latent.*Cure: "):
         from_numpyro(handlers.condition(of(lambda z: None), {"z": jnp.array(1)}))
 
 

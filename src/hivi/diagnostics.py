@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from typing import NamedTuple
 
@@ -11,8 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 from numpyro.distributions import Normal
 
 from hivi._errors import FitError, TargetError, message
@@ -112,7 +109,7 @@ def marginal_table(fit: Fit, upper: int | None = None, *, key: Key | None = None
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True):
         proposal = jax.tree.map(lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, fit.proposal)
-        if _lambda_is_fixed(proposal, key):
+        if bool(_same_lambda(proposal, key)):
             weights = jnp.exp(proposal.log_weights())
             found = sum(w * _one(proposal, shape, key, b) for b, w in enumerate(weights))
             return Table(np.asarray(found), 0.0, "exact")
@@ -228,74 +225,77 @@ def _one(proposal: AbstractProposal, shape: tuple[int, ...], key: Key, branch: i
     return _outer([m[None] for m in _masses(proposal.sites, proposal.conditionals(context), shape)])
 
 
-def _lambda_is_fixed(proposal: AbstractProposal, key: Key) -> bool:
+@eqx.filter_jit
+def _same_lambda(proposal: AbstractProposal, key: Key) -> Bool[Array, ""]:
     """Whether lambda is a parameter: two draws have the same one, in every branch."""
 
     def lam(k: Key, branch: int) -> list[Array]:
         return jax.tree.leaves({n: c.lam for n, c in proposal.conditionals(proposal.propose(k, branch)[1]).items()})
 
-    pairs = [(lam(k, b) for k in jax.random.split(key)) for b in range(proposal.branches)]
-    return all(bool(jnp.all(x == y)) for first, second in pairs for x, y in zip(first, second, strict=True))
+    pairs = [[lam(k, b) for k in jax.random.split(key)] for b in range(proposal.branches)]
+    return jnp.all(jnp.array([jnp.all(x == y) for first, second in pairs for x, y in zip(first, second, strict=True)]))
 
 
 def _integrable(proposal: HierarchicalProposal, key: Key) -> bool:
     """Whether q(lambda) has at most three dimensions, and a standard normal base (tested at 64 points)."""
-    prior, dim = proposal.prior, proposal._link.dim
-    if dim > QUADRATURE_DIM:
+    if proposal._link.dim > QUADRATURE_DIM:
         return False
-    if prior.branches > 1:
+    if proposal.prior.branches > 1:
         return True  # a mixture of Gaussians over lambda
+    return bool(jnp.all(jnp.abs(_base_gap(proposal, key)) < 1e-6))
+
+
+@eqx.filter_jit
+def _base_gap(proposal: HierarchicalProposal, key: Key) -> Float[Array, " points"]:
+    """log q(lambda) |d lambda / d base| - log N(base; 0, 1) at points of the base: zero for flows and Gaussians."""
 
     def gap(k: Key) -> Array:
-        base = jax.random.normal(k, (dim,))
-        value, log_det = prior.from_coordinates(base)
-        return prior.log_density(value, k) + log_det - jnp.sum(Normal(0.0, 1.0).log_prob(base))
+        base = jax.random.normal(k, (proposal._link.dim,))
+        value, log_det = proposal.prior.from_coordinates(base)
+        return proposal.prior.log_density(value, k) + log_det - jnp.sum(Normal(0.0, 1.0).log_prob(base))
 
-    return bool(jnp.all(jnp.abs(jax.vmap(gap)(jax.random.split(key, 64))) < 1e-6))
+    return jax.vmap(gap)(jax.random.split(key, 64))
 
 
 def _quadrature(proposal: HierarchicalProposal, shape: tuple[int, ...], tolerance: float = 1e-6) -> Table:
     """Midpoint rule over base noise, which converges geometrically for smooth integrands; doubled until level."""
     dim = proposal._link.dim
-    start = int(16_000 ** (1 / dim))
-    sizes = itertools.takewhile(lambda n: n**dim <= NODES, (start * 2**k for k in itertools.count()))
+    n = int(16_000 ** (1 / dim))
     table, error = np.zeros(shape), np.inf
-    for n in sizes:
-        new = np.asarray(_grid_sum(proposal, shape, n))
-        error, table = float(np.abs(new - table).max()), new
-        if error < tolerance:
-            break
+    while n**dim <= NODES and error > tolerance:
+        new = np.asarray(_grid_sum(proposal, shape, jnp.asarray(n)))
+        error, table, n = float(np.abs(new - table).max()), new, 2 * n
     return Table(table, error, "quadrature")
 
 
 @eqx.filter_jit
-def _grid_sum(proposal: HierarchicalProposal, shape: tuple[int, ...], n: int) -> Array:
-    """The integral with n nodes per dimension."""
+def _grid_sum(proposal: HierarchicalProposal, shape: tuple[int, ...], n: Int[Array, ""]) -> Array:
+    """The integral with n nodes per dimension; n is traced, so that all grids share one compilation."""
     prior, dim = proposal.prior, proposal._link.dim
-    axis = (jnp.arange(n) + 0.5) * (2 * REACH / n) - REACH
-    log_axis = Normal(0.0, 1.0).log_prob(axis)
-    log_axis = log_axis - logsumexp(log_axis)
+    log_branch = prior.log_weights()
 
-    def lam(base: Array, branch: int) -> Array:
+    def lam(base: Array, branch: Array) -> Array:
         if prior.branches == 1:
             return prior.from_coordinates(base)[0][LAM]
         _, location, scale = prior.components()
         return location[branch] + scale[branch] * base
 
-    def row(first: Array, branch: int) -> Array:
-        """All nodes with one coordinate of the base noise fixed: the others are summed at once."""
-        rest = jnp.meshgrid(*[axis] * (dim - 1), indexing="ij")
-        base = jnp.stack([jnp.broadcast_to(axis[first], rest[0].shape if rest else ()), *rest], -1).reshape(-1, dim)
-        weight = functools.reduce(jnp.add, jnp.meshgrid(*[log_axis] * (dim - 1), indexing="ij"), log_axis[first])
-        masses = jax.vmap(lambda b: _masses(proposal.sites, proposal.conditionals((lam(b, branch), None)), shape))(base)
-        masses[0] = masses[0] * jnp.exp(weight).reshape(-1, 1)
-        return _outer(masses)
+    def chunk(number: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+        index = number * BATCH + jnp.arange(BATCH)
+        position = jnp.stack([index // n**k % n for k in range(dim)], -1)
+        base = (position + 0.5) * (2 * REACH / n) - REACH
+        branch = index // n**dim
+        inside = branch < prior.branches
+        branch = jnp.minimum(branch, prior.branches - 1)
+        weight = jnp.where(inside, jnp.exp(Normal(0.0, 1.0).log_prob(base).sum(-1) + log_branch[branch]), 0.0)
+        contexts = jax.vmap(lam)(base, branch)
+        masses = jax.vmap(lambda c: _masses(proposal.sites, proposal.conditionals((c, None)), shape))(contexts)
+        masses[0] = masses[0] * weight[:, None]
+        return sums[0] + weight.sum(), sums[1] + _outer(masses)
 
-    total = jnp.zeros(shape)
-    for branch, w in enumerate(jnp.exp(prior.log_weights())):
-        rows = functools.partial(row, branch=branch)
-        total = total + w * jax.lax.fori_loop(0, n, lambda i, acc, f=rows: acc + f(i), jnp.zeros(shape))
-    return total
+    chunks = -(-prior.branches * n**dim // BATCH)
+    weight, table = jax.lax.fori_loop(0, chunks, chunk, (jnp.zeros(()), jnp.zeros(shape)))
+    return table / weight
 
 
 def _monte_carlo(proposal: AbstractProposal, shape: tuple[int, ...], key: Key, draws: int) -> Table:

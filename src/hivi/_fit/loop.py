@@ -29,7 +29,7 @@ from hivi._fit import store
 from hivi._fit.parallel import check_mesh, distribute
 from hivi._fit.progress import Bar
 from hivi._fit.result import Fit
-from hivi._fit.step import CHUNK, NEVER, Plan, State, default_optimizer, initial_state, run_chunk
+from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.stopping import collapsed, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, check_start
@@ -110,10 +110,8 @@ def fit(
         check_mesh(mesh, target, samples)
         placed, target = distribute(state.proposal, target, mesh)
         state = dataclasses.replace(
-            state, proposal=placed, moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array))
+            state, proposal=placed, average=placed, moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array))
         )
-    if tolerance is not None and plan.scheduled:
-        state = dataclasses.replace(state, decay_from=jnp.minimum(state.decay_from, NEVER))
     identity = None
     if checkpoint is not None:
         identity = store.fingerprint(
@@ -124,7 +122,7 @@ def fit(
     run.resume()
     outcome = run.go(progress, throw, _label(family))
     return Fit(
-        proposal=run.state.proposal,
+        proposal=run.state.average if plan.scheduled else run.state.proposal,
         sites=target.sites,
         bound=bound,
         family=family,

@@ -23,9 +23,10 @@ from hivi._tree import Key, PyTree, finite, select
 CHUNK = 100
 """Steps between two looks of the host: one compiled scan."""
 WARM_UP = 100
-FINAL_RATE = 0.01
+FINAL_RATE = 0.03
 """Share of the learning rate that is left at the end of the decay."""
-NEVER = 2**30
+AVERAGING = 3
+"""Weight of late iterates in the average: with n steps, the last n/4 or so count most."""
 
 
 class State(eqx.Module):
@@ -33,6 +34,7 @@ class State(eqx.Module):
 
     Attributes:
         proposal: theta and phi.
+        average: their running average since the decay began (before that, the last values): the fit's result.
         moments: the optimiser's state.
         key: randomness of the steps to come.
         step: number of steps done.
@@ -43,6 +45,7 @@ class State(eqx.Module):
     """
 
     proposal: AbstractProposal
+    average: AbstractProposal
     moments: PyTree
     key: Key
     step: Int[Array, ""]
@@ -84,7 +87,7 @@ def initial_state(proposal: AbstractProposal, plan: Plan, key: Key, steps: int) 
     moments = plan.optimizer.init(eqx.filter(proposal, eqx.is_inexact_array))
     decay = max(1, int(0.4 * steps))
     zero = jnp.array(0, jnp.int32)
-    return State(proposal, moments, key, zero, jnp.ones(()), zero + (steps - decay), zero + decay, zero)
+    return State(proposal, proposal, moments, key, zero, jnp.ones(()), zero + (steps - decay), zero + decay, zero)
 
 
 def schedule(state: State) -> Array:
@@ -93,6 +96,17 @@ def schedule(state: State) -> Array:
     progress = jnp.clip((state.step - state.decay_from) / jnp.maximum(state.decay_steps, 1), 0.0, 1.0)
     cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
     return warm * cosine * state.rate
+
+
+def averaged(state: State, proposal: AbstractProposal) -> AbstractProposal:
+    """Polynomial-decay average of the iterates since the decay began (Shamir & Zhang 2013)."""
+    count = jnp.maximum(state.step - state.decay_from, 0).astype(jnp.result_type(float))
+    share = jnp.where(count > 0, (AVERAGING + 1) / (count + AVERAGING + 1), 1.0)
+
+    def mix(old: PyTree, new: PyTree) -> PyTree:
+        return old + share.astype(new.dtype) * (new - old) if eqx.is_inexact_array(new) else new
+
+    return jax.tree.map(mix, state.average, proposal)
 
 
 def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
@@ -114,8 +128,10 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
         updates, moments = plan.optimizer.update(jax.tree.map(jnp.negative, gradient), state.moments, params)
     updates = jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates)
     moved = eqx.combine(optax.apply_updates(params, updates), static)
+    kept = select(ok, moved, state.proposal)
     new = State(
-        proposal=select(ok, moved, state.proposal),
+        proposal=kept,
+        average=averaged(state, kept),
         moments=select(ok, moments, state.moments),
         key=key,
         step=state.step + 1,

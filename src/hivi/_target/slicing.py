@@ -85,7 +85,7 @@ def plate_axes(term: Any, plates: Sequence[Plate]) -> dict[str, int]:
 
 def row_numbers(plates: Sequence[Plate]) -> dict[str, Any]:
     """Shapes of a minibatch's row numbers."""
-    return {p.name: jax.ShapeDtypeStruct((p.batch,), jnp.int32) for p in plates}
+    return {p.name: jax.ShapeDtypeStruct((p.batch,), jnp.result_type(int)) for p in plates}
 
 
 def take(data: Sequence[Any], rows: Mapping[str, Any], slices: Slices) -> list[Any]:
@@ -160,7 +160,7 @@ class _Traced(NamedTuple):
 def _trace(model: Model, small: Sequence[Plate], slices: Slices) -> _Traced:
     """Trace the model with all rows, or a minibatch of the `small` plates, as inputs."""
     batch = {p.name: p.batch for p in small}
-    rows = {p.name: jax.ShapeDtypeStruct((batch.get(p.name, p.size),), jnp.int32) for p in model.plates}
+    rows = {p.name: jax.ShapeDtypeStruct((batch.get(p.name, p.size),), jnp.result_type(int)) for p in model.plates}
     z, data, readers = {}, [], []
     for s in model.sites:
         local = s.local is not None and s.local[0].name in batch
@@ -212,9 +212,13 @@ def _along_plates(
 
 
 def _literals(jaxpr: Any) -> Iterator[str]:
-    """The numbers written into a program. They betray a model that computes with the length of its data."""
+    """The numbers that a program computes with. They betray a model that uses the length of its data."""
     for eqn in jaxpr.eqns:
-        yield from (str(v.val) for v in eqn.invars if isinstance(v, jex.Literal))
+        # Added integers are how JAX wraps negative indices: there, lengths are harmless.
+        every = eqn.primitive.name in ("mul", "div", "convert_element_type")
+        for v in eqn.invars:
+            if isinstance(v, jex.Literal) and (every or jnp.issubdtype(jnp.result_type(v.val), jnp.inexact)):
+                yield str(v.val)
         for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(param, "eqns"):
                 yield from _literals(getattr(param, "jaxpr", param))

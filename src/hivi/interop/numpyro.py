@@ -78,7 +78,7 @@ def from_numpyro(
                 raise
             last = error
     assert last is not None
-    raise TargetError(traced_control_flow(f"model {name!r}", last)) from last
+    raise TargetError(_control_flow(name, arguments, last)) from last
 
 
 class _Arguments(NamedTuple):
@@ -113,6 +113,14 @@ class _Arguments(NamedTuple):
             yield from ((k,) for k in self.arrays)
         if self.arrays:
             yield self.arrays
+
+
+def _control_flow(name: str, arguments: _Arguments, error: Exception) -> str:
+    text = traced_control_flow(f"model {name!r}", error)
+    data = (
+        "; on data, use numpy instead of jax.numpy where a number or a shape is needed, or compute it before the model"
+    )
+    return text + data if arguments.arrays else text
 
 
 def _is_numeric(leaf: Any) -> bool:
