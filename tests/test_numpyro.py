@@ -168,6 +168,17 @@ def hmm(y):
     scan(step, 0, y)
 
 
+def scan_bounds(y):
+    def step(before, now):
+        k = numpyro.sample("k", dist.DiscreteUniform(0, 5))
+        b = numpyro.sample("b", dist.Binomial(5, jax.nn.sigmoid(before)))
+        u = numpyro.sample("u", dist.Uniform(0.0, 5.0))
+        numpyro.sample("y", dist.Normal(k + b + u, 1), obs=now)
+        return u, None
+
+    scan(step, 0.5, y)
+
+
 def scan_plate(y):
     first = numpyro.sample("first", dist.HalfNormal(1))
 
@@ -219,6 +230,7 @@ AGREE = {
     "counts": (counts,),
     "improper": (improper, Y),
     "scan": (hmm, Y),
+    "bounds in scan": (scan_bounds, Y),
     "plate in scan": (scan_plate, Y),
     "cond": (branches,),
     "handlers": (wrapped, Y),
@@ -250,6 +262,7 @@ def test_sites_say_what_the_model_says():
     assert kinds["g"] == kinds["r"] == kinds["i"] == ("count", 0, 0)
     assert kinds["s"] == ("finite", 0, 6)
     assert kinds["u"] == ("finite", 2, 4)
+    assert all(isinstance(b, int) for s in target.sites for b in jax.tree.leaves(s.support))
     target = from_numpyro(supports)
     assert (site(target, "p").shape, site(target, "p").constrained_shape) == ((2,), (3,))
     assert (site(target, "low").shape, site(target, "low").constrained_shape) == ((3,), (3, 3))
@@ -334,14 +347,6 @@ def test_notes_say_what_was_decided():
 # Missing values and masks ----------------------------------------------------------------------------------------
 
 
-def missing(y, mask=None):
-    loc = numpyro.sample("loc", dist.Normal(0, 1))
-    scale = numpyro.sample("scale", dist.LogNormal(0, 1))
-    with numpyro.plate("n", 2):
-        fn = dist.Gamma(jnp.exp(loc), jnp.ones(3)) if mask is None else dist.Gamma(jnp.exp(loc), jnp.ones(3)).mask(mask)
-        numpyro.sample("y", dist.Independent(fn.expand((2, 3)), 1), obs=y * scale / scale)
-
-
 def holes(y, mask):
     loc = numpyro.sample("loc", dist.Normal(0, 1))
     with numpyro.plate("n", 2):
@@ -364,6 +369,8 @@ def test_nan_observations_are_refused():
     y[1, 1] = np.nan
     with pytest.raises(TargetError, match=r"'y'.*index \[1, 1\].*Cure: .*mask"):
         from_numpyro(holes, y, np.ones((2, 3), bool))
+    with pytest.raises(TargetError, match=r"'y'.*index \[4\].*Cure: .*mask"):
+        from_numpyro(hmm, y.ravel())
 
 
 def imputed(y, seen):
@@ -383,6 +390,19 @@ def test_obs_mask_gives_unused_coordinates_their_prior():
     expected = reference(imputed, (np.where(seen, y, 1.0), seen), z, target) + float(own[seen].sum())
     assert float(target.log_joint(z)) == pytest.approx(expected, rel=1e-5)
     assert any("y_unobserved" in n for n in target.notes)
+
+
+def test_masked_vectors_keep_their_event_axis():
+    def model(y, mask):
+        loc = numpyro.sample("loc", dist.Normal(jnp.zeros(3), 1).to_event(1))
+        with numpyro.plate("n", 2), handlers.mask(mask=mask):
+            numpyro.sample("y", dist.MultivariateNormal(loc, jnp.eye(3)), obs=y)
+
+    y = Y.reshape(2, 3).copy()
+    y[1] = np.nan
+    target = from_numpyro(model, y, np.array([True, False]))
+    gradient = jax.grad(target.log_joint)({"loc": jnp.zeros(3)})
+    np.testing.assert_allclose(gradient["loc"], y[0], rtol=1e-5)
 
 
 def test_masked_chain_keeps_its_prior():
@@ -463,6 +483,21 @@ def test_python_that_looks_at_data_makes_it_constant():
     assert target.data == []
 
 
+def test_shapes_that_jax_cannot_trace_name_the_cure():
+    def model(group):
+        numpyro.sample("effect", dist.Normal(0, 1).expand([len(jnp.unique(group))]))
+
+    with pytest.raises(TargetError, match=r"'model'.*Cure: .*numpy instead of jax.numpy"):
+        from_numpyro(model, np.array([0, 1]))
+
+
+def test_double_precision(x64):
+    target = from_numpyro(by_rows, Y, X)
+    assert target.data[0].dtype == jnp.float32
+    z = {"a": jnp.array(0.3), "z": jnp.ones(2)}
+    assert target.log_joint(z, {"n": jnp.array([0, 3])}).dtype == jnp.float64
+
+
 # Minibatches ------------------------------------------------------------------------------------------------------
 
 
@@ -496,6 +531,25 @@ def by_index(y, x):
         numpyro.sample("y", dist.Normal(effect[i] * x[i], 1), obs=y[i])
 
 
+def scanned(y):
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    rows = numpyro.plate("n", y.shape[1])
+
+    def step(before, now):
+        with rows:
+            z = numpyro.sample("z", dist.Normal(a * before, 1))
+            numpyro.sample("y", dist.Normal(z, 1), obs=now)
+        return z, None
+
+    scan(step, jnp.zeros(y.shape[1]), y)
+
+
+def by_group(data, n):
+    effect = numpyro.sample("effect", dist.Normal(0, 1).expand([3]))
+    with numpyro.plate("n", n), handlers.scale(scale=0.5):
+        numpyro.sample("y", dist.Normal(effect[data["group"]], 1), obs=data["y"])
+
+
 def grid(y):
     a = numpyro.sample("a", dist.Normal(0, 1))
     with numpyro.plate("rows", y.shape[0], dim=-2):
@@ -510,6 +564,8 @@ SUBSAMPLED = {
     "sliced": (by_length, (Y, X), {"n": 3}),
     "single rows": (by_length, (Y, X), {"n": 1}),
     "global by index": (by_index, (Y, X), {"n": 2}),
+    "plate inside scan": (scanned, (np.outer(X[:3], Y),), {"n": 2}),
+    "dict of arguments": (by_group, ({"y": Y, "group": np.arange(6) % 3}, 6), {"n": 2}),
     "one of two": (grid, (np.outer(Y[:4], X),), {"rows": 2}),
     "two plates": (grid, (np.outer(Y[:4], X),), {"rows": 2, "columns": 3}),
 }
@@ -572,7 +628,7 @@ def standardises(y):
 def standardises_rows(y):
     a = numpyro.sample("a", dist.Normal(0, 1))
     with numpyro.plate("n", 6) as i:
-        numpyro.sample("y", dist.Normal(a, 1), obs=y[i] - y[i].mean())
+        numpyro.sample("y", dist.Normal(a, 1), obs=y[i] - y[i].sum())
 
 
 def uses_twice(y):
@@ -586,6 +642,12 @@ def uses_length(y):
     a = numpyro.sample("a", dist.Normal(0, 1 / len(y)))
     with numpyro.plate("n", len(y)):
         numpyro.sample("y", dist.Normal(a, 1), obs=y)
+
+
+def uses_batch(y):
+    a = numpyro.sample("a", dist.Normal(0, 1))
+    with numpyro.plate("n", 6) as i:
+        numpyro.sample("y", dist.Normal(a, 1 / len(i)), obs=y[i])
 
 
 def uses_position(y):
@@ -627,7 +689,8 @@ SUBSAMPLED_WRONGLY = {
     "whole-data statistics": (standardises, (Y,), {"n": 2}, "plate 'n'"),
     "statistics of rows": (standardises_rows, (Y,), {"n": 2}, "'y'.*other rows"),
     "used outside": (uses_twice, (Y,), {"n": 2}, "plate 'n'.*outside the plate"),
-    "length": (uses_length, (Y,), {"n": 2}, "plate 'n'.*number of rows"),
+    "length": (uses_length, (Y,), {"n": 2}, "plate 'n'.*number of its rows"),
+    "batch size": (uses_batch, (Y,), {"n": 2}, "plate 'n'.*number of its rows"),
     "position": (uses_position, (Y,), {"n": 2}, "'y'.*other rows"),
     "mixed rows": (mixes_rows, (Y,), {"n": 2}, "'y'.*other rows"),
     "latent leaves the plate": (leaves_plate, (Y,), {"n": 2}, "'f'.*minibatch"),

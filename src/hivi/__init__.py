@@ -17,6 +17,7 @@ from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
 from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
+from hivi.interop.numpyro import from_numpyro
 
 __version__ = "0.1.0"
 
@@ -49,5 +50,6 @@ __all__ = [
     "explain",
     "fit",
     "from_log_joint",
+    "from_numpyro",
     "load",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.distributions import Normal
 
-from hivi._errors import FitError, TargetError, message
+from hivi._errors import FamilyError, FitError, TargetError, message
 from hivi._families.auxiliary import LAM
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._families.hierarchical import HierarchicalProposal
@@ -241,7 +241,11 @@ def _integrable(proposal: HierarchicalProposal, key: Key) -> bool:
     if proposal._link.dim > QUADRATURE_DIM:
         return False
     if proposal.prior.branches > 1:
-        return True  # a mixture of Gaussians over lambda
+        try:
+            proposal.prior.components()
+        except FamilyError:  # a mixture on a higher level: its lambda is not a mixture of Gaussians
+            return False
+        return True
     return bool(jnp.all(jnp.abs(_base_gap(proposal, key)) < 1e-6))
 
 

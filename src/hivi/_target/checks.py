@@ -12,7 +12,7 @@ import numpy as np
 from hivi._errors import TargetError, message
 from hivi._space import Plate, Site
 
-ROUNDS = 3
+ROUNDS = 8
 """How often rows are checked: once may miss a maximum, where the row that stays is the largest."""
 
 

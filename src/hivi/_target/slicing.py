@@ -104,26 +104,35 @@ def find_slices(model: Model) -> Slices:
         TargetError: neither the model as it is, nor with sliced arguments, fits a minibatch.
     """
     problem = _problem(model, {})
-    if problem is None:
-        return {}
-    where = f"subsampled plate{'s' * (len(model.plates) > 1)} {', '.join(repr(p.name) for p in model.plates)}"
     whole = _trace(model, (), {})
     unaware = [p for p in model.plates if not whole.subsamples and not any(p.name in s for s in whole.rows)]
+    slices: Slices = {}
+    if problem is not None:
+        slices = _slice_arguments(model, whole, unaware, problem)
+    small = _trace(model, unaware if slices else model.plates, slices)
+    if list(_literals(small.jaxpr)) != list(_literals(whole.jaxpr)):
+        found = "a model that computes with the number of its rows"
+        cure = f"pass that number as a Python number; or {_INDEX}"
+        raise TargetError(message(_where(model), found, "arithmetic that is the same for a minibatch", cure))
+    return slices
+
+
+def _slice_arguments(model: Model, whole: _Traced, unaware: Sequence[Plate], problem: str) -> Slices:
     if not unaware:
         found = f"a model that does not fit a minibatch ({problem})"
-        raise TargetError(message(where, found, "a model that reads all of its arrays by their rows", _INDEX))
+        raise TargetError(message(_where(model), found, "a model that reads all of its arrays by their rows", _INDEX))
     axes = [plate_axes(term, unaware) for term in whole.terms.values()]
     slices = _along_plates(whole.arguments, axes, [np.shape(x) for x in model.data], unaware)
-    problem = _problem(model, slices)
-    if problem is not None:
+    problem = _problem(model, slices) or ""
+    if problem:
         sliced = ", ".join(model.names[k] for k in slices) or "none"
         found = f"a model that does not fit a minibatch ({problem}; arguments that could be sliced: {sliced})"
-        raise TargetError(message(where, found, "arguments with one row per element of the plate", _INDEX))
-    if list(_literals(_trace(model, unaware, slices).jaxpr)) != list(_literals(whole.jaxpr)):
-        found = "a model that computes with the number of rows of its arguments"
-        cure = f"pass that number as a Python number; or {_INDEX}"
-        raise TargetError(message(where, found, "arithmetic that is the same for a minibatch", cure))
+        raise TargetError(message(_where(model), found, "arguments with one row per element of the plate", _INDEX))
     return slices
+
+
+def _where(model: Model) -> str:
+    return f"subsampled plate{'s' * (len(model.plates) > 1)} {', '.join(repr(p.name) for p in model.plates)}"
 
 
 def needs_value(error: Exception) -> bool:
@@ -158,7 +167,7 @@ class _Traced(NamedTuple):
 
 
 def _trace(model: Model, small: Sequence[Plate], slices: Slices) -> _Traced:
-    """Trace the model with all rows, or a minibatch of the `small` plates, as inputs."""
+    """Trace the model with a minibatch of the `small` plates, and all rows of the others, as inputs."""
     batch = {p.name: p.batch for p in small}
     rows = {p.name: jax.ShapeDtypeStruct((batch.get(p.name, p.size),), jnp.result_type(int)) for p in model.plates}
     z, data, readers = {}, [], []

@@ -216,13 +216,19 @@ def _discover(source: _Source) -> _Found:
     values = [_fixed(jaxpr, k, consts, source.data) for k in range(len(jaxpr.outvars))]
     first, second = len(reader.missing), len(reader.missing) + len(reader.masks)
     leaves, treedef = jax.tree.flatten(bounds)
-    known = [old if value is None else np.asarray(value) for old, value in zip(leaves, values[second:], strict=True)]
+    known = [old if value is None else _one_number(value) for old, value in zip(leaves, values[second:], strict=True)]
     return _Found(
         reader,
         dict(zip(reader.missing, values[:first], strict=True)),
         dict(zip(reader.masks, values[first:second], strict=True)),
         jax.tree.unflatten(treedef, known),
     )
+
+
+def _one_number(bound: Any) -> Any:
+    """An integer bound; an array only where its elements differ, which `make_site` refuses."""
+    numbers = np.unique(np.asarray(bound))
+    return int(numbers[0]) if numbers.size == 1 else numbers
 
 
 def _fixed(jaxpr: Any, output: int, consts: Sequence[Any], data: Sequence[Any]) -> Any:

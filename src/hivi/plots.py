@@ -1,0 +1,129 @@
+"""Plots of fits and tables: each function takes Axes and returns them. No pyplot, hence no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hivi._errors import FitError, message
+
+SMOOTHING = 50
+"""Windows over which a trace is averaged."""
+
+
+def canvas(rows: int, columns: int, width: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+    """A figure that belongs to no window, and its Axes.
+
+    Args:
+        rows: rows of Axes.
+        columns: columns of Axes.
+        width: of one panel, in inches.
+        height: of one panel, in inches.
+
+    Returns:
+        The figure, and an array of Axes of shape (rows, columns).
+
+    Example:
+        >>> from hivi import plots
+        >>> figure, axes = plots.canvas(1, 2)
+        >>> axes.shape
+        (1, 2)
+    """
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def squares(axes: Axes, table: Float[np.ndarray, "rows columns"], title: str = "") -> Axes:
+    """A small table as grey squares, the darker the more probable, with the probabilities written in (Figure 1).
+
+    Args:
+        axes: where to draw.
+        table: probabilities; the first axis runs downwards.
+        title: of the panel.
+    """
+    top = max(float(table.max()), 1e-12)
+    axes.imshow(table, cmap="Greys", vmin=0.0, vmax=1.15 * top)
+    for (i, j), value in np.ndenumerate(table):
+        colour = "white" if value > 0.6 * top else "black"
+        axes.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour, fontsize=10)
+    axes.set_xticks(range(table.shape[1]))
+    axes.set_yticks(range(table.shape[0]))
+    axes.set_title(title, fontsize=10)
+    return axes
+
+
+def heatmap(axes: Axes, table: Float[np.ndarray, "rows columns"], title: str = "", top: float | None = None) -> Axes:
+    """A table of two counts as a heat map; the first axis runs to the right, the second upwards.
+
+    Args:
+        axes: where to draw.
+        table: probabilities.
+        title: of the panel.
+        top: probability of the darkest colour; the largest entry if None. Panels to be compared need the same.
+    """
+    # The square root shows modes of small mass beside large ones.
+    axes.imshow(np.sqrt(table).T, origin="lower", cmap="magma_r", vmin=0.0, vmax=np.sqrt(top or float(table.max())))
+    axes.set_title(title, fontsize=10)
+    return axes
+
+
+def scatter(axes: Axes, points: Float[np.ndarray, "samples two"], title: str = "") -> Axes:
+    """Draws of two parameters, such as lambda ~ q(lambda), over their density on a grid.
+
+    Args:
+        axes: where to draw.
+        points: the draws, shape (samples, 2).
+        title: of the panel.
+    """
+    low, high = np.percentile(points, [0.5, 99.5], axis=0)
+    pad = 0.1 * (high - low) + 1e-3
+    limits = [(low[k] - pad[k], high[k] + pad[k]) for k in range(2)]
+    counts, x, y = np.histogram2d(points[:, 0], points[:, 1], bins=60, range=limits)
+    axes.pcolormesh(x, y, np.log1p(counts).T, cmap="Blues", rasterized=True)
+    few = points[:400]
+    axes.plot(few[:, 0], few[:, 1], ".", color="black", markersize=1.5, alpha=0.5)
+    axes.set_title(title, fontsize=10)
+    return axes
+
+
+def density(axes: Axes, draws: Float[np.ndarray, " samples"], label: str = "") -> Axes:
+    """A histogram of the draws of one scalar: bars for a few integers, a line otherwise.
+
+    Args:
+        axes: where to draw.
+        draws: the draws; integers of a discrete latent, or floats.
+        label: for the legend.
+    """
+    values, counts = np.unique(draws, return_counts=True)
+    if np.issubdtype(draws.dtype, np.integer) and len(values) <= 60:
+        axes.bar(values, counts / counts.sum(), width=0.8, alpha=0.5, label=label or None)
+    else:
+        heights, edges = np.histogram(draws, bins="fd" if len(draws) < 10_000 else 100, density=True)
+        axes.stairs(heights, edges, label=label or None)
+    axes.set_ylabel("probability")
+    return axes
+
+
+def trace(axes: Axes, history: Mapping[str, np.ndarray], label: str = "") -> Axes:
+    """The bound over the steps of a fit, averaged over windows of steps.
+
+    Args:
+        axes: where to draw.
+        history: `Fit.history`.
+        label: for the legend.
+
+    Raises:
+        FitError: the history is empty.
+    """
+    step, elbo = np.asarray(history["step"]), np.asarray(history["elbo"], float)
+    if len(step) == 0:
+        raise FitError(message("plots.trace", "an empty history", "at least one step", "fit first"))
+    windows = np.array_split(np.arange(len(step)), min(SMOOTHING, len(step)))
+    axes.plot([step[w].mean() for w in windows], [np.mean(elbo[w]) for w in windows], label=label or None)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bound (nats)")
+    return axes

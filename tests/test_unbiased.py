@@ -1,0 +1,176 @@
+"""The gradient of every (family, support, estimator, bound) has the right mean, exactly and not only on average.
+
+For fixed continuous noise the discrete draws of a small target can be enumerated, all of them at once: every sample,
+outer draw and branch. `Forced` puts each joint value in place of what a proposal would draw, so that the mean of the
+surrogate's gradient over the discrete draws is a finite sum, which must equal the gradient of the mean bound to
+rounding. No Monte Carlo error hides a bias (a wrong sign, a missing baseline term, a factor N/B taken twice).
+That the draws themselves come from q(z|lambda) is the business of test_proper_weighting.py and test_likelihoods.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BOUNDS, STRATEGIES, TARGETS, built, quick, states, total
+from jax.scipy.special import logsumexp
+from jaxtyping import Array
+
+import hivi
+from hivi._estimators.base import AbstractStrategy
+from hivi._estimators.surrogate import surrogate
+from hivi._families.base import AbstractProposal, Conditional
+from hivi._space import Latents
+
+
+class Forced(AbstractProposal):
+    """A proposal whose discrete draws are given: draw number i, known by its key, takes `values[site][i]`."""
+
+    sites: tuple[Any, ...] = eqx.field(static=True)
+    own: AbstractProposal
+    keys: Array
+    values: dict[str, Array]
+
+    def propose(self, key: Array, branch: Array | int = 0) -> tuple[Latents, Any]:
+        z, context = self.own.propose(key, branch)
+        number = jnp.argmax(jnp.all(jax.random.key_data(key) == self.keys, -1))
+        return {**z, **{n: v[number] for n, v in self.values.items()}}, context
+
+    def log_q(self, z: Latents, context: Any, key: Array, inner: int = 0) -> dict[str, Array]:
+        return self.own.log_q(z, context, key, inner)
+
+    def log_density(self, z: Latents, key: Array, samples: int = 1) -> Array:
+        return self.own.log_density(z, key, samples)
+
+    def conditionals(self, context: Any) -> dict[str, Conditional]:
+        return self.own.conditionals(context)
+
+    def gather(self, rows: dict[str, Array]) -> Forced:
+        return Forced(self.sites, self.own.gather(rows), self.keys, self.values)
+
+    def scales(self) -> dict[str, float]:
+        return self.own.scales()
+
+    @property
+    def branches(self) -> int:
+        return self.own.branches
+
+    def log_weights(self) -> Array:
+        return self.own.log_weights()
+
+    def score_weight(self, inner: int) -> float:
+        return self.own.score_weight(inner)
+
+
+class Draws(NamedTuple):
+    """The keys that `surrogate` gives to its draws, as arrays over (samples, outer, branches)."""
+
+    draw: Array
+    inner: Array
+
+
+def keys_of(key: Array, shape: tuple[int, int, int]) -> Draws:
+    """Repeat `surrogate`'s splitting of its key; `check_keys` notices when that changes."""
+    keys = jax.random.split(jax.random.split(key)[1], shape).reshape(-1)
+    pairs = jax.vmap(jax.random.split)(keys)
+    return Draws(pairs[:, 0], pairs[:, 1])
+
+
+class Means(NamedTuple):
+    """Mean over all discrete draws: the bound and its gradient, exactly and through the surrogate."""
+
+    exact: tuple[Array, Array]
+    found: tuple[Array, Array]
+
+
+def means(
+    target: hivi.Target,
+    proposal: AbstractProposal,
+    strategies: Mapping[str, AbstractStrategy],
+    bound: Any,
+    samples: int = 1,
+    most: int = 13,
+    seed: int = 0,
+) -> Means:
+    """Enumerate every discrete draw at one continuous noise."""
+    key = jax.random.key(seed)
+    rows = target.minibatch(jax.random.split(key)[0])
+    shape = (samples, bound.draws, proposal.branches)
+    keys, count = keys_of(key, shape), math.prod(shape)
+    branch = jnp.broadcast_to(jnp.arange(shape[2]), shape).reshape(-1)
+    discrete = tuple(s for s in target.sites if s.discrete)
+    values = states(tuple(dataclasses.replace(s, shape=s.batch_shape) for s in discrete), most)
+    number = len(next(iter(values.values())))
+    params, static = eqx.partition(proposal, eqx.is_inexact_array)
+
+    def tables(params: Any) -> tuple[Array, Array]:
+        """Log-weight and log q(z|lambda) of every draw at every discrete value: (draws, values) each."""
+        p = eqx.combine(params, static).gather(rows)
+
+        def at(k_draw: Array, k_inner: Array, b: Array, value: Latents) -> tuple[Array, Array]:
+            drawn, context = p.propose(k_draw, b)
+            z = {**drawn, **value}
+            log_q = total(p.log_q(z, context, k_inner, bound.inner), p.scales())
+            given = p.conditionals(context)
+            own = [jnp.sum(given[s.name].likelihood.log_prob(given[s.name].lam, z[s.name])) for s in discrete]
+            return target.log_joint(z, rows) - log_q, sum(own, jnp.zeros(()))
+
+        over_values = jax.vmap(at, (None, None, None, 0))
+        return jax.vmap(over_values, (0, 0, 0, None))(keys.draw, keys.inner, branch, values)
+
+    def joint(table: Array, chosen: np.ndarray, start: int = 0) -> Array:
+        """Entries of a table at every joint choice of consecutive draws: (choices, draws)."""
+        return table[start + np.arange(chosen.shape[1]), chosen]
+
+    one = np.array(list(itertools.product(range(number), repeat=count // samples)), np.int32)
+    every = np.array(list(itertools.product(range(number), repeat=count)), np.int32)
+
+    def exact(params: Any) -> tuple[Array, Array]:
+        log_w, log_q = tables(params)
+        log_pi = eqx.combine(params, static).log_weights()
+        out = jnp.zeros(())
+        for start in range(0, count, count // samples):
+            weight = jnp.exp(jnp.sum(joint(log_q, one, start), 1))
+            out = out + jnp.sum(weight * bound.value(joint(log_w, one, start).reshape(-1, *shape[1:]), log_pi))
+        return out / samples, log_q
+
+    def found(params: Any, log_q: Array) -> Array:
+        own = eqx.combine(params, static)
+
+        def at(chosen: Array) -> Array:
+            z = {n: v[chosen] for n, v in values.items()}
+            forced = Forced(own.sites, own, jax.random.key_data(keys.draw), z)
+            return surrogate(forced, target, strategies, bound, key, samples)[0]
+
+        weight = jnp.exp(jnp.sum(joint(log_q, every), 1))
+        return jnp.sum(weight * jax.vmap(at)(jnp.asarray(every)))
+
+    def both(params: Any) -> Means:
+        (value, log_q), gradient = jax.value_and_grad(exact, has_aux=True)(params)
+        estimate = jax.value_and_grad(found)(params, jax.lax.stop_gradient(log_q))
+        return Means((value, flat(gradient)), (estimate[0], flat(estimate[1])))
+
+    return quick(both)(params)
+
+
+def flat(tree: Any) -> Array:
+    """All leaves of a gradient, in one vector."""
+    return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def agree(result: Means, rounding: float = 2e-5) -> None:
+    """Bound and gradient agree to rounding, and are not trivially zero."""
+    (value, gradient), (value_found, gradient_found) = result
+    assert np.isfinite(np.asarray(gradient_found)).all()
+    size = max(1.0, float(jnp.abs(gradient).max()))
+    assert float(jnp.linalg.norm(gradient)) > 1e-3, "no gradient to compare with"
+    np.testing.assert_allclose(value_found, value, rtol=rounding, atol=rounding)
+    np.testing.assert_allclose(gradient_found, gradient, rtol=0, atol=rounding * size)
