@@ -14,6 +14,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import optax
 import pytest
 from jax.sharding import Mesh
@@ -278,3 +280,15 @@ def test_bad_arguments_are_named() -> None:
 def test_default_family_follows_the_supports() -> None:
     assert hivi.fit(gaussian(), key=KEY, steps=1, progress=False).family == hivi.FullRank()
     assert isinstance(hivi.fit(bernoulli(), key=KEY, steps=1, progress=False).family, hivi.Hierarchical)
+
+
+def test_supports_that_depend_on_latents_survive_saving(tmp_path: Path) -> None:
+    def model() -> None:
+        top = numpyro.sample("top", dist.HalfNormal(2.0))
+        numpyro.sample("inside", dist.Uniform(0.0, top))
+
+    fit = hivi.fit(hivi.from_numpyro(model), hivi.FullRank(), key=KEY, steps=100, progress=False)
+    draws, again = fit.sample(KEY, 30), hivi.load(fit.save(tmp_path)).sample(KEY, 30)
+    assert np.all(draws["inside"] < draws["top"])
+    for name, value in draws.items():
+        assert np.asarray(again[name]) == pytest.approx(np.asarray(value), rel=1e-5)

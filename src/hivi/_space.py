@@ -128,6 +128,10 @@ class Site:
         """Shape and type of one minibatch value, for tracing."""
         return jax.ShapeDtypeStruct(self.batch_shape, self.dtype)
 
+    def full_example(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of one value at full size."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
     def row(self) -> Site:
         """The same site for a single row of its subsampled plate."""
         if self.local is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -69,7 +70,7 @@ def distribute(proposal: AbstractProposal, target: Target, mesh: Mesh) -> tuple[
     lengths = {sizes[n]: n for n in mesh.axis_names if n != SAMPLES}
 
     def put(tree: PyTree, split: Mapping[int, str]) -> PyTree:
-        def place(x: Array) -> Array:
+        def place(x: Any) -> Any:
             if not eqx.is_array(x):
                 return x
             axis = split.get(x.shape[0]) if x.ndim else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Fit:
         message: in words, why it stopped.
         target: the target; None for a run loaded without it.
         strategies: site -> name of the gradient strategy that was used.
+        program: the stored map to the model's space, for a loaded run whose supports depend on latents.
     """
 
     proposal: AbstractProposal
@@ -65,6 +66,7 @@ class Fit:
     message: str
     target: Target | None = None
     strategies: dict[str, str] = dataclasses.field(default_factory=dict)
+    program: Callable[[Latents], Latents] | None = None
 
     def __repr__(self) -> str:
         steps = len(self.history["step"])
@@ -104,7 +106,9 @@ class Fit:
             Site -> array of shape (samples, *site shape).
         """
         draws = _draws(self.proposal, key, samples)
-        return _constrain(self.target, self.sites, draws)
+        if self.target is not None:
+            return _constrain_target(self.target, draws)
+        return self.program(draws) if self.program is not None else _constrain_sites(self.sites, draws)
 
     def log_prob(self, z: Mapping[str, Array], *, key: Key, samples: int = 256) -> Array:
         """Log q(z) at values in the model's own space, per draw.
@@ -135,15 +139,6 @@ class Fit:
             The folder, which `hivi.load` reads.
         """
         path = Path(folder)
-        if any(s.support is None and not s.discrete for s in self.sites):
-            raise LoadError(
-                message(
-                    "Fit.save",
-                    f"sites whose support depends on other latents: {[s.name for s in self.sites if s.support is None]}",
-                    "fixed supports",
-                    "reparameterise them (for example Uniform(0, 1) times the bound, as a deterministic)",
-                )
-            )
         meta = {
             "format": 1,
             "family": store.encode(self.family),
@@ -157,6 +152,9 @@ class Fit:
         arrays = {f"q{name}": a for name, a in store.pack(self.proposal).items()}
         arrays |= {f"history.{name}": np.asarray(a) for name, a in self.history.items()}
         store.write(path, "fit", arrays, meta)
+        if self.target is not None and self.target.constrainer is not None:
+            # Supports that depend on latents or data: the map to them is stored as a compiled program (StableHLO).
+            store.write_program(path, "constrain", self.target.constrain, {s.name: s.full_example() for s in self.sites})
         return path
 
 
@@ -205,6 +203,7 @@ def load(folder: str | Path, *, target: Target | None = None) -> Fit:
         message=meta["message"],
         target=target,
         strategies=meta["strategies"],
+        program=store.read_program(path, "constrain"),
     )
 
 
@@ -240,12 +239,6 @@ def _draws(proposal: AbstractProposal, key: Key, samples: int) -> Latents:
         return proposal.propose(k2, branch)[0]
 
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
-
-
-def _constrain(target: Target | None, sites: tuple[Site, ...], draws: Latents) -> dict[str, Array]:
-    if target is not None:
-        return _constrain_target(target, draws)
-    return _constrain_sites(sites, draws)
 
 
 @eqx.filter_jit

@@ -6,12 +6,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -180,6 +181,20 @@ def read(folder: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]
         raise LoadError(
             message(str(path), f"a damaged file ({error})", "a file that hivi wrote", "fit again")
         ) from error
+
+
+def write_program(folder: Path, name: str, fn: Callable[..., Any], example: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Store `vmap(fn)` of one dict as StableHLO, for any number of draws."""
+    (count,) = jax.export.symbolic_shape("n")
+    batched = {k: jax.ShapeDtypeStruct((count, *v.shape), v.dtype) for k, v in example.items()}
+    exported = jax.export.export(jax.jit(jax.vmap(fn)), platforms=("cpu", "cuda"))(batched)
+    (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+
+
+def read_program(folder: Path, name: str) -> Callable[[Any], Any] | None:
+    """The stored program, or None where there is none."""
+    path = folder / f"{name}.stablehlo"
+    return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call) if path.exists() else None
 
 
 def fingerprint(*things: Any) -> str:

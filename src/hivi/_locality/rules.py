@@ -108,7 +108,7 @@ def _reshape(params: Params, shape: Shape, out: Shape) -> list[Entry]:
 
 
 def _reduce(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
-    axes = params["axes"] if "axes" in params else params["dimensions"]
+    axes = [int(a) for a in (params["axes"] if "axes" in params else params["dimensions"])]
     rank = len(outs[0]) + len(axes)
     view = tuple(_without(axes, rank, ALL))
     return [[Read(i, view if len(a.shape) == rank else ()) for i, a in enumerate(args)]] * len(outs)
