@@ -174,3 +174,94 @@ def agree(result: Means, rounding: float = 2e-5) -> None:
     assert float(jnp.linalg.norm(gradient)) > 1e-3, "no gradient to compare with"
     np.testing.assert_allclose(value_found, value, rtol=rounding, atol=rounding)
     np.testing.assert_allclose(gradient_found, gradient, rtol=0, atol=rounding * size)
+
+
+def strategies(target: hivi.Target, kind: str) -> dict[str, AbstractStrategy]:
+    """ "score" or "exact" for the discrete sites, pathwise for the others."""
+    exact = {"finite": "local expectation", "count": "difference", "binomial": "difference"}
+    names = {s.name: ("score" if kind == "score" else exact[s.values.kind]) if s.discrete else "pathwise"
+             for s in target.sites}  # fmt: skip
+    return {site: STRATEGIES[name] for site, name in names.items()}
+
+
+class Case(NamedTuple):
+    """One row of the crossed table; two samples where the score function needs another draw for its baseline."""
+
+    family: str
+    target: str
+    kind: str
+    bound: str
+    samples: int = 1
+    most: int = 13
+
+
+def crossed(families: str, target: str, kinds: str = "score exact", bounds: str = "", most: int = 13) -> list[Case]:
+    """Every combination."""
+    names = [b.strip() for b in bounds.split("|")] if bounds else list(BOUNDS)
+    table = itertools.product(families.split("|"), kinds.split(), names)
+    return [
+        Case(f.strip(), target, k, b, 2 if k == "score" and BOUNDS[b].draws == 1 else 1, most) for f, k, b in table
+    ]
+
+
+DEFAULT: list[Case] = [
+    *crossed("mean-field", "pair"),
+    *crossed("mean-field", "categorical", bounds="elbo | outer 3"),
+    *crossed("mean-field", "count"),
+    *crossed("mean-field", "counts", "exact", bounds="elbo", most=11),
+    *crossed("mean-field", "binomial", "exact", bounds="elbo | outer 2, inner 2"),
+    *crossed("mean-field", "binomial", "score", bounds="elbo"),
+    *crossed("mean-field", "mixed", bounds="elbo | outer 3"),
+    *crossed("mean-field", "chain", "exact", bounds="elbo | outer 2, inner 2"),
+    Case("mean-field", "sites", "exact", "elbo"),
+    Case("mean-field", "sites", "score", "elbo"),
+    *crossed("mixture", "pair", bounds="elbo | inner 2"),
+    *crossed("mixture", "mixed", "exact", bounds="elbo"),
+    *crossed("mixture", "count", "exact", bounds="elbo"),
+    *crossed("product of mixtures", "mixed", "exact", bounds="elbo | inner 2"),
+    Case("product", "sites", "exact", "elbo"),
+    *crossed("hvm full-rank", "pair"),
+    *crossed("hvm full-rank", "count", "exact", bounds="inner 2"),
+    *crossed("hvm mean-field", "pair", bounds="elbo | outer 3"),
+    *crossed("hvm mean-field, linearised", "mixed", "exact", bounds="inner 2"),
+    *crossed("hvm mean-field, linearised", "binomial", "exact", bounds="elbo"),
+    *crossed("hvm planar", "pair", "exact", bounds="elbo | inner 2"),
+    *crossed("hvm planar, semi-implicit", "pair", "exact", bounds="inner 2"),
+    *crossed("hvm mixture", "pair", "exact", bounds="elbo"),
+    *crossed("hvm hvm", "pair", "exact", bounds="elbo"),
+]
+TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
+FLOWS = " | ".join(f"hvm {k}" for k in ("planar", "coupling", "maf", "spline"))
+OTHERS = "hvm planar, linearised | hvm full-rank, semi-implicit | hvm mixture, inverse | hvm hvm, linearised"
+SLOW: list[Case] = [
+    case
+    for case in [
+        *crossed(f"{TINY} | {FLOWS} | {OTHERS} | hvm hvm | hvm hvm, semi-implicit", "pair"),
+        *crossed(TINY, "categorical", bounds="elbo | inner 2 | outer 3"),
+        *crossed(f"{TINY} | hvm planar | hvm mixture | hvm hvm", "count", "exact"),
+        *crossed(f"{TINY} | hvm planar | hvm mixture", "mixed", "exact"),
+        *crossed(f"{TINY} | hvm planar", "binomial", "exact", bounds="elbo | inner 2"),
+        *crossed("hvm full-rank | hvm planar | hvm mixture | product", "sites", "exact", bounds="elbo | inner 2"),
+        *crossed("mean-field | mixture | hvm full-rank | hvm planar", "triple", bounds="elbo | inner 2"),
+    ]
+    if case not in DEFAULT and not (case.family == "hvm mixture" and BOUNDS[case.bound].inner)
+]
+
+
+def solve(case: Case, **options: Any) -> Means:
+    """The two gradients of one row of the table."""
+    target = TARGETS[case.target]()
+    proposal = built(case.family, target)
+    chosen = strategies(target, case.kind)
+    return means(target, proposal, chosen, BOUNDS[case.bound], case.samples, case.most, **options)
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=lambda c: f"{c.family} - {c.target} - {c.kind} - {c.bound}")
+def test_gradient_has_the_right_mean(case):
+    agree(solve(case))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=lambda c: f"{c.family} - {c.target} - {c.kind} - {c.bound}")
+def test_gradient_has_the_right_mean_everywhere(case):
+    agree(solve(case))
