@@ -17,6 +17,7 @@ from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
 from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
+from hivi.interop.arviz import to_arviz
 from hivi.interop.numpyro import from_numpyro
 
 __version__ = "0.1.0"
@@ -52,4 +53,5 @@ __all__ = [
     "from_log_joint",
     "from_numpyro",
     "load",
+    "to_arviz",
 ]

@@ -25,8 +25,8 @@ class Flow(AbstractFamily):
 
     Example:
         >>> import hivi
-        >>> hivi.Flow(layers=2, kind="planar")
-        Flow(layers=2, kind='planar', scale=0.1)
+        >>> hivi.Flow(layers=2, kind="coupling").layers
+        2
     """
 
     layers: int = 8

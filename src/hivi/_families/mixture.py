@@ -24,8 +24,8 @@ class Mixture(AbstractFamily):
 
     Example:
         >>> import hivi
-        >>> hivi.Mixture(components=2)
-        Mixture(components=2, spread=1.0)
+        >>> hivi.Mixture(components=3).components
+        3
     """
 
     components: int = 2

@@ -91,7 +91,7 @@ def fit(
     Example:
         >>> import hivi, jax
         >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, latents={"x": hivi.Latent()})
-        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=300, progress=False)
+        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=2000, progress=False)
         >>> bool(abs(fit.elbo(jax.random.key(1)).mean - 0.9189) < 0.1)
         True
     """

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
+from numpyro.distributions.transforms import IdentityTransform
 
 from hivi._errors import TargetError, message
 from hivi._factored import Difference, factorise
@@ -85,8 +86,9 @@ def constrain_with_jacobian(site: Site, value: Any) -> tuple[Any, Any]:
         return value, None
     transform = biject_to(site.support)
     constrained = transform(value)
-    jacobian = transform.log_abs_det_jacobian(value, constrained)
-    return constrained, (None if not jnp.ndim(value) and isinstance(jacobian, float) and jacobian == 0.0 else jacobian)
+    if isinstance(getattr(transform, "base_transform", transform), IdentityTransform):
+        return constrained, None
+    return constrained, transform.log_abs_det_jacobian(value, constrained)
 
 
 def traced_control_flow(where: str, error: Exception) -> str:
