@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jax.core import Tracer
 
-from hivi._locality.base import ALL, CAP, Along, Arr, Const, Entry, Known, Params, Shape, constant
+from hivi._locality.base import ALL, CAP, Along, Arr, AxisMap, Const, Entry, Known, Params, Shape, constant
 
 _FIT_LIMIT = 1 << 22  # constants with more elements are not looked at
 
@@ -200,7 +200,7 @@ def side_by_side(name: str, params: Params, args: Sequence[Arr], shape: Shape) -
         return tuple(a.known for a in args)
     found: list[Maybe] = []
     for a in args:
-        rest = [Along(d) for d in range(len(shape) - 1)]
-        views = [(*rest, Const(j)) for j in range(a.shape[-1])]
+        rest: list[Entry] = [Along(d) for d in range(len(shape) - 1)]
+        views: list[AxisMap] = [(*rest, Const(j)) for j in range(a.shape[-1])]
         found += a.columns or [a.known and a.known.seen(view) for view in views]
     return tuple(found)

@@ -108,7 +108,8 @@ def _settle(walker: Walker, name: str, args: Sequence[Arr], start: list[Scope], 
     Any scopes that `step` leaves as they are hold at every step, wherever the search started. `step`
     is called last on the answer. The losses of passes on the way there count only if something was lost.
     """
-    before, during = dict(walker.losses), {}
+    before = dict(walker.losses)
+    during: dict[Any, Any] = {}
 
     def take(carry: list[Scope]) -> list[Scope]:
         during.update(walker.losses)

@@ -216,9 +216,9 @@ def _tile(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[li
     if len(reps) != len(shape):
         raise Unsupported
     if math.prod(r for r, n in zip(reps, shape, strict=True) if n > 1) > CAP:
-        view = tuple(Along(d) if r == 1 else ALL for d, r in enumerate(reps))
+        view: AxisMap = tuple(Along(d) if r == 1 else ALL for d, r in enumerate(reps))
         return [[Read(0, view, "tile")]]
-    axes = []
+    axes: list[list[Entry]] = []
     for d, (r, n) in enumerate(zip(reps, shape, strict=True)):
         axes.append([Along(d, -k * n) for k in range(r)] if n > 1 or r == 1 else [Const(0)])
     return [[Read(0, view) for view in itertools.product(*axes)]]
