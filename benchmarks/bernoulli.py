@@ -22,7 +22,7 @@ METHODS = {
     "mean-field": (hivi.MeanField(), hivi.Elbo(), 16),
     **{f"HVM, flow length {n}, eq. 5": (hivi.Hierarchical(prior=hivi.Flow(n)), hivi.Elbo(), 16) for n in (1, 2, 4, 8)},
     "HVM, flow length 8, inner K=20, 64 draws": (
-        hivi.Hierarchical(prior=hivi.Flow(8)),
+        hivi.Hierarchical(prior=hivi.Flow(8), auxiliary=hivi.InverseFlow(8)),
         hivi.ImportanceWeighted(outer=1, inner=20),
         64,
     ),

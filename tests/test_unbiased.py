@@ -217,13 +217,13 @@ DEFAULT: list[Case] = [
     *crossed("mixture", "mixed", "exact", bounds="elbo"),
     *crossed("mixture", "count", "exact", bounds="elbo", most=40),
     *crossed("product of mixtures", "mixed", "exact", bounds="elbo"),
-    *crossed("hvm full-rank", "pair"),
+    *crossed("hvm full-rank", "pair", "exact", bounds="elbo | outer 2, inner 2"),
+    *crossed("hvm full-rank", "pair", "score", bounds="inner 2"),
     *crossed("hvm full-rank", "count", "exact", bounds="inner 2", most=30),
     *crossed("hvm mean-field", "pair", "exact", bounds="elbo"),
     *crossed("hvm mean-field", "pair", "score", bounds="outer 3"),
     *crossed("hvm planar", "pair", "exact", bounds="elbo"),
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
-    *crossed("hvm hvm", "pair", "exact", bounds="elbo"),
 ]
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
 FLOWS = " | ".join(f"hvm {k}" for k in ("planar", "coupling", "maf", "spline"))
@@ -352,7 +352,7 @@ def test_no_baseline_is_no_bias():
 def test_gradient_of_the_draws_themselves():
     """No enumeration: the mean over many keys, paired with the exact mean at the same continuous noise."""
     target = TARGETS["pair"]()
-    proposal = built("hvm mean-field, linearised", target)
+    proposal = built("hvm mean-field, linearised", target, scale=1.0)
     params, static = eqx.partition(proposal, eqx.is_inexact_array)
     grid = states(target.sites)["z"]
     bound, chosen = hivi.Elbo(), {"z": hivi.LocalExpectation()}
@@ -373,7 +373,7 @@ def test_gradient_of_the_draws_themselves():
     keys = jax.random.split(jax.random.key(4), 20_000)
     error, right = (np.asarray(x) for x in quick(jax.vmap(difference))(keys))
     stderr = error.std(0, ddof=1) / np.sqrt(len(keys))
-    assert np.linalg.norm(stderr) < 0.02 * np.linalg.norm(right.mean(0)), "not precise enough to judge"
+    assert np.linalg.norm(stderr) < 0.03 * np.linalg.norm(right.mean(0)), "not precise enough to judge"
     assert (np.abs(error.mean(0)) < 4.5 * stderr + 1e-6).all()
 
 

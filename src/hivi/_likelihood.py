@@ -103,7 +103,7 @@ class FiniteLikelihood(AbstractLikelihood):
         return jnp.take_along_axis(self.logits(lam), (z - self.low)[..., None], -1)[..., 0]
 
     def moves(self, z: Array) -> Array:
-        shifts = jnp.arange(1, self.count).reshape((-1,) + (1,) * z.ndim)
+        shifts = jnp.arange(1, self.count, dtype=z.dtype).reshape((-1,) + (1,) * z.ndim)
         return (z - self.low + shifts) % self.count + self.low
 
     def move_weights(self, lam: Array, z: Array) -> Array:

@@ -175,7 +175,9 @@ def _table_shape(sites: tuple[Site, ...], upper: int | None) -> tuple[int, ...]:
             raise TargetError(message(f"site {s.name!r}", "a continuous site", "discrete sites only", "use Fit.sample"))
         if s.values.kind == "count" and upper is None:
             raise TargetError(
-                message(f"site {s.name!r}", "a count without upper bound", "a largest value", "pass upper=..., such as 40")
+                message(
+                    f"site {s.name!r}", "a count without upper bound", "a largest value", "pass upper=..., such as 40"
+                )
             )
         count = s.values.count or (upper or 0) - s.values.low + 1
         shape += [count] * math.prod(s.shape)
@@ -251,7 +253,7 @@ def _integrable(proposal: HierarchicalProposal, key: Key) -> bool:
 
 @eqx.filter_jit
 def _base_gap(proposal: HierarchicalProposal, key: Key) -> Float[Array, " points"]:
-    """log q(lambda) |d lambda / d base| - log N(base; 0, 1) at points of the base: zero for flows and Gaussians."""
+    """Gap log q(lambda) |d lambda / d base| - log N(base; 0, 1) at points of the base: zero for flows and Gaussians."""
 
     def gap(k: Key) -> Array:
         base = jax.random.normal(k, (proposal._link.dim,))

@@ -45,7 +45,8 @@ class Hierarchical(AbstractFamily):
     Args:
         prior: any continuous family over the flat vector lambda: `Flow`, `FullRank`, `Mixture`, `MeanField`, or
             another `Hierarchical` (multi-level).
-        auxiliary: `InverseFlow`, `Linearised`, `SemiImplicit` or `Component`; None takes the one that suits the prior.
+        auxiliary: `InverseFlow`, `Linearised`, `SemiImplicit` or `Component`; None takes the one that
+            suits the prior: for a flow, an inverse flow of twice its length (the paper's were 2 and 10).
         start: a mean-field `Fit` of the same target to grow from; None starts near the centre of the supports.
         spread: multiplies the standard deviation of lambda at the start.
 
@@ -76,7 +77,7 @@ class Hierarchical(AbstractFamily):
         if link.dim <= DENSE_LIMIT:
             choices[FullRank] = Linearised()
         if type(self.prior) is Flow:
-            choices[Flow] = InverseFlow(max(2, self.prior.layers), self.prior.kind)
+            choices[Flow] = InverseFlow(2 * self.prior.layers, self.prior.kind)
         return choices.get(type(self.prior), InverseFlow())
 
     def _from_scratch(self, link: Link, key: Key) -> tuple[Array, Array]:

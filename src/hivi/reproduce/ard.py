@@ -67,7 +67,10 @@ def methods() -> Mapping[str, Mapping[str, AbstractFamily]]:
 
 
 def model(x: Float[Array, "n d"], y: Float[Array, " n"]) -> None:
-    """y ~ N(x w, sigma^2), w_j ~ N(0, alpha_j), alpha_j ~ InverseGamma(0.1, 0.1) a variance, sigma ~ HalfNormal(1)."""
+    """Regression y ~ N(x w, sigma^2) with w_j ~ N(0, alpha_j); every weight has a variance alpha_j of its own.
+
+    alpha_j ~ InverseGamma(0.1, 0.1), and sigma ~ HalfNormal(1), which is wide: y has variance 1.
+    """
     sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
     with numpyro.plate("features", x.shape[1]):
         alpha = numpyro.sample("alpha", dist.InverseGamma(0.1, 0.1))
@@ -82,9 +85,7 @@ def data() -> tuple[Float[Array, "n d"], Float[Array, " n"]]:
     return jnp.asarray((x - x.mean(0)) / x.std(0)), jnp.asarray((y - y.mean()) / y.std())
 
 
-def run(
-    out: str | Path, *, seed: int = 0, steps: int = 10_000, draws: int = 2_500, progress: bool = False
-) -> Report:
+def run(out: str | Path, *, seed: int = 0, steps: int = 10_000, draws: int = 2_500, progress: bool = False) -> Report:
     """Fit every family, run NUTS, and compare them in (w, log alpha, log sigma), where all moments exist.
 
     Args:
@@ -162,9 +163,10 @@ def _run_one(name: str, reference: Draws, x: Array, y: Array, seed: int, steps: 
 
 def _notes() -> tuple[str, ...]:
     return (
-        "Means and standard deviations are those of w, log α and log σ (α itself has no posterior mean): errors of means in "
-        "units of NUTS's standard deviation, and |log(sd of q / sd of NUTS)|, averaged over all 21, then over w and over log α.",
-        "|w| ~ log α: Spearman's correlation of |w_j| with log α_j, averaged over j; mean-field has none by construction.",
+        "Means and standard deviations are those of w, log α and log σ (α itself has no posterior mean): errors of "
+        "means in units of NUTS's standard deviation, and |log(sd of q / sd of NUTS)|, averaged over all 21, then over "
+        "w and over log α.",
+        "|w| ~ log α: Spearman's correlation of |w_j| with log α_j, averaged over j; mean-field has none.",
     )
 
 

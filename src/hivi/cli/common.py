@@ -1,0 +1,57 @@
+"""What the commands share: options, exit codes, tables and JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hivi._errors import HiviError
+
+FAILED = 1
+NOT_CONVERGED = 3
+CODES = """Exit codes: 0 done; 1 hivi refused or failed, and says why on standard error; 2 wrong usage; 3 a fit that
+ended before its bound had levelled off; 130 interrupted (Ctrl-C)."""
+
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all randomness: the same seed gives the same numbers.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object last on standard output; tables then go to standard error."),
+]
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """Print a `HiviError` as one paragraph on standard error, without traceback, and exit with code 1."""
+    try:
+        yield
+    except HiviError as error:
+        console(to_stderr=True).print(f"hivi: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(FAILED) from None
+
+
+def console(to_stderr: bool = False) -> Console:
+    """Where tables and remarks go. Standard output that is no terminal gets lines as long as they need."""
+    found = Console(stderr=to_stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=to_stderr, highlight=False, width=200)
+
+
+def show_table(out: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: the first column to the left, all others to the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One line on standard output."""
+    typer.echo(json.dumps(value, allow_nan=False))

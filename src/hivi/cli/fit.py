@@ -1,0 +1,171 @@
+"""`hivi fit` and `hivi explain`: a NumPyro model from a file."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+
+from hivi._estimators.auto import Auto
+from hivi._families.base import AbstractFamily
+from hivi._families.flow import Flow
+from hivi._families.full_rank import FullRank
+from hivi._families.hierarchical import Hierarchical
+from hivi._families.mean_field import MeanField
+from hivi._families.mixture import Mixture
+from hivi._fit.loop import default_family
+from hivi._fit.loop import fit as run_fit
+from hivi._fit.result import Estimate, Fit
+from hivi._target.base import Target
+from hivi._target.base import explain as explain_target
+from hivi.cli import inputs, outputs
+from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
+from hivi.interop.numpyro import from_numpyro
+
+SHOWN = 40
+"""Latents in the printed summary; all are in summary.csv."""
+
+
+class Family(enum.StrEnum):
+    """Names of families on the command line."""
+
+    mean_field = "mean-field"
+    full_rank = "full-rank"
+    flow = "flow"
+    mixture = "mixture"
+    hierarchical = "hierarchical"
+
+
+FAMILIES: dict[Family, AbstractFamily] = {
+    Family.mean_field: MeanField(),
+    Family.full_rank: FullRank(),
+    Family.flow: Flow(),
+    Family.mixture: Mixture(components=4),
+    Family.hierarchical: Hierarchical(),
+}
+
+Model = Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file, and the NumPyro model in it.")]
+DataFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", exists=True, dir_okay=False, metavar="FILE",
+        help="The model's arguments by name: .npz (arrays), .csv (columns with a header) or .json (numbers and lists).",
+    ),
+]  # fmt: skip
+Subsample = Annotated[
+    list[str] | None,
+    typer.Option("--subsample", metavar="PLATE=B", help="Minibatches of B rows of a plate. Repeatable."),
+]
+FamilyName = Annotated[Family | None, typer.Option("--family", help="The variational family; by default hivi chooses.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="The most gradient steps; a fit may end earlier.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Monte Carlo samples per step.")]
+Out = Annotated[Path, typer.Option("--out", file_okay=False, metavar="RUN", help="Folder to write to.")]
+Draws = Annotated[int, typer.Option("--draws", min=2, help="Draws from the fitted posterior.")]
+Checkpoint = Annotated[
+    bool, typer.Option("--checkpoint", help="Save the state in RUN meanwhile, and resume the interrupted run it holds.")
+]
+
+
+def fit(
+    model: Model,
+    data: DataFile = None,
+    family: FamilyName = None,
+    steps: Steps = 10_000,
+    samples: Samples = 16,
+    out: Out = Path("runs/fit"),
+    draws: Draws = 1000,
+    subsample: Subsample = None,
+    checkpoint: Checkpoint = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Fit a variational family to a NumPyro model, and print a summary of the posterior.
+
+    Writes to RUN: the fit (`hivi.load("RUN")` reads it), `history.csv` (the bound by step), `summary.csv` (mean,
+    standard deviation, 5, 50 and 95 % of every scalar latent), `draws.npz`, and `posterior.nc` (for
+    `arviz.from_netcdf`). Files of an earlier run there are overwritten.
+
+    Example: `hivi fit model.py:model --data data.csv --family hierarchical --subsample data=256 --out runs/first`
+    """
+    with failures():
+        target = _target(model, data, subsample)
+        chosen = default_family(target) if family is None else FAMILIES[family]
+        say = console(to_stderr=json)
+        say.print(f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else ""), markup=False)
+        k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
+        done = run_fit(target, chosen, key=k1, steps=steps, samples=samples, checkpoint=out if checkpoint else None)
+        bound = done.elbo(k2)
+        rows = outputs.write_run(out, done, k3, draws)
+        _show(done, bound, rows, out, json)
+    if not done.converged:
+        raise typer.Exit(NOT_CONVERGED)
+
+
+def explain(
+    model: Model,
+    data: DataFile = None,
+    family: FamilyName = None,
+    subsample: Subsample = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Say how hivi reads a model: its sites, its factors, and the gradient estimator of each site, with reasons.
+
+    Nothing is fitted. `--seed` has no effect here.
+
+    Example: `hivi explain model.py:model --data data.json`
+    """
+    del seed
+    with failures():
+        target = _target(model, data, subsample)
+        chosen = default_family(target) if family is None else FAMILIES[family]
+        sites, strategies = explain_target(target), Auto().explain(target, chosen)
+        say = console(to_stderr=json)
+        for text in (sites, "", f"gradients with {chosen}", strategies):
+            say.print(text, markup=False, soft_wrap=True)
+        if json:
+            print_json({"target": sites, "family": str(chosen), "gradients": strategies})
+
+
+def _target(model: str, data: Path | None, subsample: list[str] | None) -> Target:
+    function = inputs.load_model(model)
+    bound = inputs.bind(function, {} if data is None else inputs.read_data(data))
+    return from_numpyro(function, *bound.args, subsample=_plates(subsample or []), **bound.kwargs)
+
+
+def _plates(options: list[str]) -> dict[str, int]:
+    plates = {}
+    for option in options:
+        name, equals, size = option.rpartition("=")
+        if not equals or not size.isdecimal() or int(size) < 1:
+            raise typer.BadParameter(f"{option!r} is not PLATE=B, such as data=256", param_hint="--subsample")
+        plates[name] = int(size)
+    return plates
+
+
+def _show(done: Fit, bound: Estimate, rows: list[outputs.Summary], out: Path, as_json: bool) -> None:
+    say = console(to_stderr=as_json)
+    cells = [[r.name, *(f"{x:.4g}" for x in r[1:])] for r in rows[:SHOWN]]
+    show_table(say, "posterior", ["latent", *outputs.FIELDS], cells)
+    if len(rows) > SHOWN:
+        say.print(f"... and {len(rows) - SHOWN} more in {out / 'summary.csv'}", markup=False)
+    steps = len(done.history["step"])
+    say.print(f"bound {bound} nats after {steps} steps in {done.seconds:.1f} s: {done.message}", markup=False)
+    if not done.converged:
+        say.print("not converged: the bound was still rising; take more --steps", markup=False)
+    say.print(f"written to {out}", markup=False)
+    if as_json:
+        print_json({
+            "run": str(out),
+            "family": str(done.family),
+            "bound": bound._asdict(),
+            "converged": done.converged,
+            "message": done.message,
+            "steps": steps,
+            "seconds": round(done.seconds, 2),
+            "gradients": done.strategies,
+            "summary": [dict(zip(("latent", *outputs.FIELDS), r, strict=True)) for r in rows],
+        })  # fmt: skip

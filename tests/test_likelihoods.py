@@ -1,0 +1,233 @@
+"""Variational likelihoods against enumeration of their supports, and against SciPy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from cases import quick
+from jaxtyping import Array
+
+from hivi._likelihood import MAX_LOG_RATE, AbstractLikelihood, likelihood
+from hivi._space import Site, Values
+
+SITES: dict[str, Values] = {
+    "bernoulli": Values("finite", 0, 2),
+    "two from 5": Values("finite", 5, 2),
+    "categorical": Values("finite", 0, 4),
+    "three from -1": Values("finite", -1, 3),
+    "count": Values("count", 0, 0),
+    "count from 1": Values("count", 1, 0),
+    "binomial": Values("binomial", 0, 81),
+    "binomial from 2": Values("binomial", 2, 12),
+    "normal": Values("real"),
+}
+DISCRETE = [n for n, v in SITES.items() if v.kind != "real"]
+
+
+class Setting(NamedTuple):
+    """A likelihood at some lambda, with every value of one coordinate."""
+
+    kind: AbstractLikelihood
+    lam: Array  # (width,)
+    support: Array  # (values,)
+
+    def probabilities(self) -> Array:
+        """Of every value."""
+        return jnp.exp(self.kind.log_prob(jnp.broadcast_to(self.lam, (len(self.support), len(self.lam))), self.support))
+
+
+def setting(name: str, seed: int = 0) -> Setting:
+    """A generic lambda; counts up to 60 and reals on a fine grid stand for an infinite support."""
+    values = SITES[name]
+    kind = likelihood(Site("z", (), values, ()))
+    lam = np.random.default_rng(seed).normal(0.3, 0.7, kind.width).astype(np.float32)
+    if values.kind == "real":
+        return Setting(kind, jnp.asarray(lam), jnp.linspace(-20.0, 20.0, 40_001))
+    return Setting(kind, jnp.asarray(lam), jnp.asarray(values.low + np.arange(values.count or 60), jnp.int32))
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_normalised(name, seed):
+    s = setting(name, seed)
+    step = 1.0 if name != "normal" else 40.0 / 40_000
+    np.testing.assert_allclose(jnp.sum(s.probabilities()) * step, 1.0, rtol=1e-4)
+
+
+def test_log_prob_is_the_textbook_one():
+    lam = jnp.array([0.4])
+    k, p, n = np.arange(12), 1 / (1 + np.exp(-0.4)), jnp.arange(12)
+    wide = jnp.broadcast_to(lam, (12, 1))
+    log_prob = {name: likelihood(Site("z", (), v, ())).log_prob for name, v in SITES.items()}
+    np.testing.assert_allclose(log_prob["count"](wide, n), scipy.stats.poisson.logpmf(k, np.exp(0.4)), rtol=1e-5)
+    np.testing.assert_allclose(log_prob["binomial"](wide, n), scipy.stats.binom.logpmf(k, 80, p), rtol=1e-4)
+    np.testing.assert_allclose(log_prob["bernoulli"](wide[:2], n[:2]), np.log([1 - p, p]), rtol=1e-5)
+    np.testing.assert_allclose(log_prob["two from 5"](wide[:2], n[5:7]), np.log([1 - p, p]), rtol=1e-5)
+    x = jnp.linspace(-1, 1, 5)
+    normal = jnp.broadcast_to(jnp.array([0.2, -0.5]), (5, 2))
+    np.testing.assert_allclose(
+        log_prob["normal"](normal, x), scipy.stats.norm.logpdf(np.asarray(x), 0.2, np.exp(-0.5)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_score_is_the_derivative(name):
+    s = setting(name)
+    some = s.support[:: max(1, len(s.support) // 7)]
+    right = jax.vmap(lambda z: jax.grad(lambda lam: s.kind.log_prob(lam, z))(s.lam))(some)
+    found = s.kind.score(jnp.broadcast_to(s.lam, (len(some), len(s.lam))), some)
+    np.testing.assert_allclose(found, right, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_fisher_is_the_second_moment_of_the_score(name):
+    s = setting(name)
+    p = np.asarray(s.probabilities(), np.float64)
+    score = np.asarray(s.kind.score(jnp.broadcast_to(s.lam, (len(s.support), len(s.lam))), s.support), np.float64)
+    right = np.einsum("v,vi,vj->ij", p / p.sum(), score, score)
+    np.testing.assert_allclose(s.kind.fisher(s.lam), right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_moves_give_the_gradient_of_an_expectation(name, seed):
+    """grad E[f] = sum over moves of grad w_m E[f(move m) - f(z)], for any f; by enumeration."""
+    s = setting(name, seed)
+    start = int(s.support[0])
+    # f grows slowly enough that the tail beyond the enumeration does not count
+    table = jnp.asarray(np.random.default_rng(seed + 5).normal(size=len(s.support) + 1), jnp.float32)
+
+    def mean(lam: Array) -> Array:
+        return jnp.sum(s._replace(lam=lam).probabilities() * table[:-1])
+
+    def by_moves(lam: Array) -> Array:
+        wide = jnp.broadcast_to(lam, (len(s.support), len(lam)))
+        moved = s.kind.moves(s.support)
+        change = table[moved - start] - table[s.support - start]
+        p = jax.lax.stop_gradient(s.probabilities())
+        return jnp.sum(p * jnp.sum(s.kind.move_weights(wide, s.support) * change, 0))
+
+    right = jax.grad(mean)(s.lam)
+    np.testing.assert_allclose(jax.grad(by_moves)(s.lam), right, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_moves_stay_in_the_support_and_off_the_value(name):
+    s = setting(name)
+    inner = s.support[:-1]
+    moved = s.kind.moves(inner)
+    assert (moved != inner).all()
+    assert jnp.isin(moved, s.support).all()
+    if SITES[name].kind == "finite":
+        assert sorted({*np.asarray(moved[:, 0]).tolist(), int(inner[0])}) == np.asarray(s.support).tolist()
+    if SITES[name].kind == "binomial":  # nothing lies above the last value, and the weight says so
+        last = s.support[-1:]
+        assert (s.kind.moves(last) == last).all()
+        assert s.kind.move_weights(s.lam[None], last)[0, 0] == 0
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_draws_follow_the_density(name):
+    s, count = setting(name), 20_000
+    lam = jnp.broadcast_to(s.lam, (count, len(s.lam)))
+    z = np.asarray(quick(s.kind.sample)(lam, jax.random.key(3)))
+    if name == "normal":
+        assert scipy.stats.kstest(z, "norm", (float(s.lam[0]), float(jnp.exp(s.lam[1])))).pvalue > 1e-3
+        return
+    assert z.dtype == np.int32
+    observed = np.bincount(z - int(s.support[0]), minlength=len(s.support))
+    expected = count * np.asarray(s.probabilities(), np.float64)
+    frequent = expected >= 5
+    pooled = [*observed[frequent], observed[~frequent].sum()], [*expected[frequent], expected[~frequent].sum()]
+    seen, due = (np.array(x, float) for x in pooled)
+    statistic = ((seen - due)[due > 0] ** 2 / due[due > 0]).sum()
+    assert scipy.stats.chi2.sf(statistic, frequent.sum()) > 1e-3
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_single_precision_is_close_to_double(name):
+    s = setting(name)
+    some = s.support[:: max(1, len(s.support) // 7)]
+    narrow = np.asarray(s.kind.log_prob(jnp.broadcast_to(s.lam, (len(some), len(s.lam))), some))
+    with jax.enable_x64(True):
+        lam = jnp.asarray(np.asarray(s.lam), jnp.float64)
+        real = SITES[name].kind == "real"
+        value = jnp.asarray(np.asarray(some), jnp.float64 if real else jnp.int32)
+        wide = np.asarray(s.kind.log_prob(jnp.broadcast_to(lam, (len(some), len(lam))), value))
+    np.testing.assert_allclose(narrow, wide, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in DISCRETE if SITES[n].kind != "binomial"])
+def test_log_prob_in_double_precision(name, x64):
+    s = setting(name)
+    lam = jnp.asarray(np.asarray(s.lam), jnp.float64)
+    total = jnp.sum(Setting(s.kind, lam, s.support).probabilities())
+    assert abs(float(total) - 1) < 1e-12
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="NumPyro's Binomial takes gammaln of int32 in float32")
+@pytest.mark.parametrize("name", ["binomial"])
+def test_binomial_log_prob_in_double_precision(name, x64):
+    s = setting(name)
+    lam = jnp.asarray(np.asarray(s.lam), jnp.float64)
+    assert abs(float(jnp.sum(Setting(s.kind, lam, s.support).probabilities())) - 1) < 1e-12
+
+
+# Far from the centre
+
+FAR = [-40.0, -18.0, 18.0, 40.0]
+SATURATED = "move_weights divides by 1 - p, which is 0 in float32 from lambda = 17 on: NaN gradient"
+
+
+def far_gradient(name: str, lam: float) -> np.ndarray:
+    """Values and gradients of log-prob, score, Fisher and move weights at an extreme lambda."""
+    s = setting(name)
+    z = s.support[jnp.array([0, 1, len(s.support) - 1])]
+    wide = jnp.full((3, s.kind.width), lam).at[:, 1:].set(0.0)
+
+    def everything(lam: Array) -> Array:
+        parts = s.kind.log_prob(lam, z), s.kind.score(lam, z), s.kind.fisher(lam), s.kind.move_weights(lam, z)
+        return jnp.concatenate([jnp.ravel(p) for p in parts])
+
+    return np.concatenate([np.ravel(everything(wide)), np.ravel(quick(jax.jacrev(everything))(wide))])
+
+
+@pytest.mark.parametrize("lam", FAR)
+@pytest.mark.parametrize("name", [n for n in DISCRETE if SITES[n].kind != "binomial"])
+def test_finite_far_from_the_centre(name, lam):
+    assert np.isfinite(far_gradient(name, lam)).all()
+
+
+@pytest.mark.parametrize("lam", [-40.0, -18.0])
+@pytest.mark.parametrize("name", ["binomial", "binomial from 2"])
+def test_finite_far_below_the_centre(name, lam):
+    assert np.isfinite(far_gradient(name, lam)).all()
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason=SATURATED)
+@pytest.mark.parametrize("lam", [18.0, 40.0])
+@pytest.mark.parametrize("name", ["binomial", "binomial from 2"])
+def test_finite_far_above_the_centre(name, lam):
+    assert np.isfinite(far_gradient(name, lam)).all()
+
+
+def test_log_rates_are_capped():
+    """Beyond e^20 an int32 draw would overflow."""
+    kind = likelihood(Site("z", (), SITES["count"], ()))
+    lam = jnp.full((4, 1), 30.0)
+    z = kind.sample(lam, jax.random.key(0))
+    assert (z > 0).all()
+    np.testing.assert_allclose(kind.rate(lam), np.exp(MAX_LOG_RATE), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_features_start_with_one_and_are_finite(name):
+    s = setting(name)
+    features = s.kind.features(s.support)
+    assert (features[..., 0] == 1).all()
+    assert jnp.isfinite(features).all()
