@@ -15,26 +15,24 @@ SMOOTHING = 50
 """Windows over which a trace is averaged."""
 
 
-def canvas(rows: int, columns: int, width: float = 3.0, height: float = 3.0) -> tuple[Figure, np.ndarray]:
-    """A figure that belongs to no window, and its Axes.
+def panels(count: int, rows: int = 1, width: float = 3.0, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+    """A figure that belongs to no window, and its Axes, row by row.
 
     Args:
-        rows: rows of Axes.
-        columns: columns of Axes.
+        count: number of panels, at least 1.
+        rows: rows of panels.
         width: of one panel, in inches.
         height: of one panel, in inches.
 
-    Returns:
-        The figure, and an array of Axes of shape (rows, columns).
-
     Example:
         >>> from hivi import plots
-        >>> figure, axes = plots.canvas(1, 2)
-        >>> axes.shape
-        (1, 2)
+        >>> figure, axes = plots.panels(3)
+        >>> len(axes)
+        3
     """
+    columns = -(-count // rows)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, [figure.add_subplot(rows, columns, k + 1) for k in range(count)]
 
 
 def squares(axes: Axes, table: Float[np.ndarray, "rows columns"], title: str = "") -> Axes:

@@ -110,7 +110,10 @@ def fit(
         check_mesh(mesh, target, samples)
         placed, target = distribute(state.proposal, target, mesh)
         state = dataclasses.replace(
-            state, proposal=placed, average=placed, moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array))
+            state,
+            proposal=placed,
+            average=placed,
+            moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array)),
         )
     identity = None
     if checkpoint is not None:

@@ -154,7 +154,9 @@ class Fit:
         store.write(path, "fit", arrays, meta)
         if self.target is not None and self.target.constrainer is not None:
             # Supports that depend on latents or data: the map to them is stored as a compiled program (StableHLO).
-            store.write_program(path, "constrain", self.target.constrain, {s.name: s.full_example() for s in self.sites})
+            store.write_program(
+                path, "constrain", self.target.constrain, {s.name: s.full_example() for s in self.sites}
+            )
         return path
 
 

@@ -36,7 +36,11 @@ def _axis_colours(maps: Sequence[frozenset], axis: int, size: int) -> np.ndarray
             continue
         along = [e for e in entries if isinstance(e, Along)]
         const = [e.index for e in entries if isinstance(e, Const)]
-        if any(isinstance(e, All) for e in entries) or (along and const) or len({(e.axis, e.stride) for e in along}) > 1:
+        if (
+            any(isinstance(e, All) for e in entries)
+            or (along and const)
+            or len({(e.axis, e.stride) for e in along}) > 1
+        ):
             return np.arange(size)
         offsets = [e.offset for e in along]
         distances |= {abs(a - b) for a in offsets for b in offsets if a != b}

@@ -174,10 +174,10 @@ def _figure(reference: Draws, found: list[Result], out: Path) -> list[Path]:
     """Draws of the most uncertain weight with the log of its variance, for every method."""
     d = reference.shape[1] // 2
     j = int(np.argmax(reference[:, :d].std(0)))
-    panels = {"NUTS": reference} | {str(r.row["method"]): r.draws for r in found}
-    figure, axes = plots.canvas(1, len(panels), width=2.6, height=2.7)
+    shown = {"NUTS": reference} | {str(r.row["method"]): r.draws for r in found}
+    figure, axes = plots.panels(len(shown), width=2.6, height=2.7)
     low, high = np.percentile(reference[:, [j, d + j]], [0.1, 99.9], axis=0)
-    for a, (name, draws) in zip(axes[0], panels.items(), strict=True):
+    for a, (name, draws) in zip(axes, shown.items(), strict=True):
         plots.scatter(a, draws[:, [j, d + j]], name)
         a.set_xlim(low[0], high[0])
         a.set_ylim(low[1], high[1])

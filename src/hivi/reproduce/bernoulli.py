@@ -126,14 +126,14 @@ def _notes() -> tuple[str, ...]:
 
 def _figures(results: list[Result], out: Path) -> list[Path]:
     """Figure 1 (the tables as grey squares), and the fitted q(lambda) of every hierarchical method."""
-    figure, axes = plots.canvas(2, (len(results) + 2) // 2, width=1.9, height=2.5)
-    plots.squares(axes[0, 0], np.asarray(TWO, float), "exact")
-    for a, r in zip(axes.flat[1:], results, strict=True):
+    figure, axes = plots.panels(len(results) + 1, rows=2, width=1.9, height=2.5)
+    plots.squares(axes[0], np.asarray(TWO, float), "exact")
+    for a, r in zip(axes[1:], results, strict=True):
         plots.squares(a, r.table, "\n".join([*r.method.split(", ", 1), f"KL {r.kl:.4f}"]))
     paths = save_figure(figure, out, "figure1")
     hierarchical = [r for r in results if r.method.startswith("HVM")]
-    figure, axes = plots.canvas(2, len(hierarchical) // 2, width=2.4, height=2.6)
-    for a, r in zip(axes.flat, hierarchical, strict=True):
+    figure, axes = plots.panels(len(hierarchical), rows=2, width=2.4, height=2.6)
+    for a, r in zip(axes, hierarchical, strict=True):
         plots.scatter(a, sample_lambda(r.fit, jax.random.key(1), 20_000), r.method)
         a.set_xlabel("λ₁ (logit of z₁)")
         a.set_ylabel("λ₂ (logit of z₂)")

@@ -149,11 +149,11 @@ def _notes(rows: tuple[Mapping[str, object], ...]) -> tuple[str, ...]:
 
 def _figure(p: np.ndarray, found: list[Result], out: Path) -> list[Path]:
     shown, top = 24, float(p.max())
-    figure, axes = plots.canvas(1, len(found) + 1, width=2.4, height=2.7)
-    plots.heatmap(axes[0, 0], p[:shown, :shown], "exact", top)
-    for a, r in zip(axes[0, 1:], found, strict=True):
+    figure, axes = plots.panels(len(found) + 1, width=2.4, height=2.7)
+    plots.heatmap(axes[0], p[:shown, :shown], "exact", top)
+    for a, r in zip(axes[1:], found, strict=True):
         plots.heatmap(a, r.table[:shown, :shown], f"{r.row['method']}\nTV {r.row['total_variation']:.3f}", top)
-    for a in axes[0]:
+    for a in axes:
         a.set_xlabel("z₁")
         a.set_ylabel("z₂")
     return save_figure(figure, out, "mixture_poisson")
