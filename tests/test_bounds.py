@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TARGETS, built, quick, states
 from jax.scipy.special import logsumexp
 from jaxtyping import Array
 
 import hivi
+from cases import TARGETS, built, quick, states
 from hivi._estimators.surrogate import log_weights
 
 

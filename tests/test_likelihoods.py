@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from cases import quick
 from jaxtyping import Array
 
+from cases import quick
 from hivi._likelihood import MAX_LOG_RATE, AbstractLikelihood, likelihood
 from hivi._space import Site, Values
 

@@ -19,15 +19,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
-from cases import BOUNDS, STRATEGIES, TARGETS, built, quick, states, total
 from jax.scipy.special import logsumexp
 from jaxtyping import Array
 
 import hivi
+from cases import BOUNDS, STRATEGIES, TARGETS, built, perturbed, quick, states, total
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.surrogate import surrogate
 from hivi._families.base import AbstractProposal, Conditional
+from hivi._families.product import build_proposal
 from hivi._space import Latents
 
 
@@ -199,9 +202,7 @@ def crossed(families: str, target: str, kinds: str = "score exact", bounds: str 
     """Every combination."""
     names = [b.strip() for b in bounds.split("|")] if bounds else list(BOUNDS)
     table = itertools.product(families.split("|"), kinds.split(), names)
-    return [
-        Case(f.strip(), target, k, b, 2 if k == "score" and BOUNDS[b].draws == 1 else 1, most) for f, k, b in table
-    ]
+    return [Case(f.strip(), target, k, b, 2 if k == "score" and BOUNDS[b].draws == 1 else 1, most) for f, k, b in table]
 
 
 DEFAULT: list[Case] = [
@@ -275,7 +276,9 @@ def test_gradient_in_double_precision(row, x64):
     agree(solve(Case(*row)), rounding=1e-7)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="FiniteLikelihood.moves gives int64 where the site holds int32")
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="FiniteLikelihood.moves gives int64 where the site holds int32"
+)
 @pytest.mark.parametrize("row", X64_FINITE, ids=" - ".join)
 def test_gradient_in_double_precision_of_finite_sites(row, x64):
     agree(solve(Case(*row)), rounding=1e-12)
@@ -402,3 +405,58 @@ def test_pathwise_gradient_is_that_of_the_bound():
 
     a, b = quick(jax.value_and_grad(direct))(params), quick(jax.value_and_grad(through))(params)
     agree(Means((a[0], flat(a[1])), (b[0], flat(b[1]))))
+
+
+# Minibatches
+
+ROWS, BATCH = 4, 2
+OBSERVED = np.array([0.3, -1.2, 0.8, 2.0], np.float32)
+
+
+def grouped(y: Array) -> None:
+    """A Bernoulli for all rows, and one in each row of a plate."""
+    up = numpyro.sample("g", dist.Bernoulli(0.4))
+    with numpyro.plate("data", ROWS):
+        z = numpyro.sample("z", dist.Bernoulli(logits=0.8 * up - 0.2))
+        numpyro.sample("y", dist.Normal(1.5 * z - 0.5 * up, 1.0), obs=y)
+
+
+def by_rows(target: hivi.Target) -> dict[tuple[int, ...], int]:
+    """One seed for each minibatch."""
+    found: dict[tuple[int, ...], int] = {}
+    for seed in range(60):
+        rows = target.minibatch(jax.random.split(jax.random.key(seed))[0])["data"]
+        found.setdefault(tuple(sorted(np.asarray(rows).tolist())), seed)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["score", "exact"])
+def test_minibatches_average_to_the_full_gradient(kind):
+    """N/B is applied once to p and q of a local site: the mean over all minibatches is the full-data gradient."""
+    full = hivi.from_numpyro(grouped, OBSERVED)
+    small = hivi.from_numpyro(grouped, OBSERVED, subsample={"data": BATCH})
+    seeds = by_rows(small)
+    assert len(seeds) == math.comb(ROWS, BATCH)
+    proposal = perturbed(build_proposal(hivi.MeanField(), full.sites, jax.random.key(0)), jax.random.key(1), 0.5)
+    local = eqx.tree_at(lambda p: p.lam, build_proposal(hivi.MeanField(), small.sites, jax.random.key(0)), proposal.lam)
+    right = means(full, proposal, strategies(full, kind), hivi.Elbo())
+    agree(right)
+    each = [means(small, local, strategies(small, kind), hivi.Elbo(), seed=seed) for seed in seeds.values()]
+    value, gradient = (sum(m.found[k] for m in each) / len(each) for k in (0, 1))
+    agree(Means(right.exact, (value, gradient)))
+
+
+def test_rows_of_a_hierarchy_take_the_plate_scale():
+    """A family that is repeated over rows: every term of its log q carries N/B, the tighter bound's too."""
+    small = hivi.from_numpyro(grouped, OBSERVED, subsample={"data": BATCH})
+    family = {"z": hivi.Hierarchical(prior=hivi.MeanField(), auxiliary=hivi.Linearised()), ".*": hivi.MeanField()}
+    proposal = perturbed(build_proposal(family, small.sites, jax.random.key(0)), jax.random.key(1), 0.3)
+    bound = hivi.ImportanceWeighted(outer=1, inner=2)
+    agree(means(small, proposal, strategies(small, "exact"), bound))
+    p = proposal.gather(small.all_rows())
+    z, context = p.propose(jax.random.key(0))
+    terms = p.log_q(z, context, jax.random.key(1), 2)
+    scaled = {n for n in terms if n in p.scales()}
+    assert scaled == {n for n in terms if "data" in n}
+    assert all(p.scales()[n] == ROWS / BATCH for n in scaled)
+    assert any("tighter" in n for n in scaled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -88,7 +88,7 @@ def scatter(axes: Axes, points: Float[np.ndarray, "samples two"], title: str = "
     return axes
 
 
-def density(axes: Axes, draws: Float[np.ndarray, " samples"], label: str = "") -> Axes:
+def density(axes: Axes, draws: Real[np.ndarray, " samples"], label: str = "") -> Axes:
     """A histogram of the draws of one scalar: bars for a few integers, a line otherwise.
 
     Args:

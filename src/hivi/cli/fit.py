@@ -93,8 +93,7 @@ def fit(
     with failures():
         target = _target(model, data, subsample)
         chosen = default_family(target) if family is None else FAMILIES[family]
-        say = console(to_stderr=json)
-        say.print(f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else ""), markup=False)
+        console(to_stderr=json).print(_choice(chosen, family), markup=False)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
         done = run_fit(target, chosen, key=k1, steps=steps, samples=samples, checkpoint=out if checkpoint else None)
         bound = done.elbo(k2)
@@ -124,7 +123,7 @@ def explain(
         chosen = default_family(target) if family is None else FAMILIES[family]
         sites, strategies = explain_target(target), Auto().explain(target, chosen)
         say = console(to_stderr=json)
-        for text in (sites, "", f"gradients with {chosen}", strategies):
+        for text in (sites, "", _choice(chosen, family), "", "gradients", strategies):
             say.print(text, markup=False, soft_wrap=True)
         if json:
             print_json({"target": sites, "family": str(chosen), "gradients": strategies})
@@ -144,6 +143,10 @@ def _plates(options: list[str]) -> dict[str, int]:
             raise typer.BadParameter(f"{option!r} is not PLATE=B, such as data=256", param_hint="--subsample")
         plates[name] = int(size)
     return plates
+
+
+def _choice(chosen: AbstractFamily, family: Family | None) -> str:
+    return f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else "")
 
 
 def _show(done: Fit, bound: Estimate, rows: list[outputs.Summary], out: Path, as_json: bool) -> None:

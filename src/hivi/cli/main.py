@@ -19,10 +19,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"hivi {version('hivi')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

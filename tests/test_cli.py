@@ -1,0 +1,249 @@
+"""The command line: what it writes, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import arviz
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import hivi
+from hivi.cli import fit as fit_command
+from hivi.cli.inputs import read_data
+from hivi.cli.main import app
+from hivi.cli.outputs import summarise
+
+MODEL = """
+import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+
+def line(x, y=None, noise=0.5):
+    slope = numpyro.sample("slope", dist.Normal(0, 3))
+    with numpyro.plate("data", x.shape[0]):
+        numpyro.sample("y", dist.Normal(slope * x, noise), obs=y)
+
+def counts(total):
+    with numpyro.plate("groups", 2):
+        k = numpyro.sample("k", dist.Poisson(3.0))
+    numpyro.sample("total", dist.Normal(k.sum(), 1.0), obs=total)
+
+number = 3
+"""
+
+
+def hivi_command(*words: Any) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and the same data in three formats."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "model.py").write_text(MODEL)
+    x = np.linspace(-1, 1, 20)
+    y = 2 * x + 0.1 * np.cos(20 * x)
+    np.savez(path / "data.npz", x=x, y=y)
+    (path / "data.csv").write_text("x,y\n" + "".join(f"{a},{b}\n" for a, b in zip(x, y, strict=True)))
+    (path / "data.json").write_text(json.dumps({"x": x.tolist(), "y": y.tolist(), "noise": 0.5}))
+    return path
+
+
+class Run(NamedTuple):
+    result: Result
+    out: Path
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path) -> Run:
+    """One fit that converges, with JSON."""
+    out = folder / "run"
+    words = ("--family", "mean-field", "--steps", 2000, "--draws", 500, "--out", out, "--json")
+    return Run(hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", *words), out)
+
+
+def test_version_and_help() -> None:
+    assert hivi_command("--version").stdout == f"hivi {hivi.__version__}\n"
+    for words in (
+        [],
+        ["fit"],
+        ["explain"],
+        ["reproduce"],
+        *(["reproduce", e] for e in ("bernoulli", "mixture-poisson", "ard")),
+    ):
+        result = hivi_command(*words, "--help")
+        assert result.exit_code == 0
+        assert "Exit codes" in result.stdout
+        if words and words != ["reproduce"]:
+            assert "Example" in result.stdout
+            assert "--seed" in result.stdout
+            assert "--json" in result.stdout
+
+
+def test_fit_prints_one_json_object_and_tables_apart(finished: Run) -> None:
+    result = finished.result
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 1
+    found = last_json(result)
+    assert found["converged"] is True
+    assert found["family"] == "MeanField()"
+    assert found["summary"][0]["latent"] == "slope"
+    assert found["summary"][0]["mean"] == pytest.approx(2.0, abs=0.2)
+    assert found["bound"]["stderr"] < 0.1
+    assert "posterior" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_fit_writes_a_run(finished: Run) -> None:
+    out = finished.out
+    fit = hivi.load(out)
+    assert fit.sample(jax.random.key(0), 5)["slope"].shape == (5,)
+    with (out / "history.csv").open() as stream:
+        history = list(csv.DictReader(stream))
+    assert len(history) == len(fit.history["step"])
+    assert set(history[0]) == set(fit.history)
+    with (out / "summary.csv").open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert set(row) == {"latent", "mean", "sd", "5%", "50%", "95%"}
+    assert float(row["5%"]) < float(row["50%"]) < float(row["95%"])
+    draws = np.load(out / "draws.npz")["slope"]
+    assert draws.shape == (500,)
+    assert float(row["mean"]) == pytest.approx(draws.mean(), rel=1e-5)
+    posterior = arviz.from_netcdf(str(out / "posterior.nc")).posterior
+    np.testing.assert_array_equal(posterior["slope"].values[0], draws)
+
+
+def test_the_three_formats_are_the_same_data(folder: Path) -> None:
+    """And the same seed gives the same numbers."""
+    numbers = []
+    for data in ("data.npz", "data.csv", "data.json"):
+        words = ("--family", "mean-field", "--steps", 100, "--draws", 10, "--out", folder / data.replace(".", "_"))
+        result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / data, *words, "--json")
+        assert result.exit_code == 3, result.output  # 100 steps are too few to converge
+        assert "more --steps" in result.stderr
+        numbers.append(last_json(result)["summary"])
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def test_hivi_chooses_and_says_which(folder: Path) -> None:
+    words = ("--steps", 20, "--draws", 10, "--out", folder / "chosen")
+    result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", *words)
+    assert result.exit_code == 3, result.output
+    assert "family: FullRank() (chosen by hivi" in result.stdout
+
+
+def test_every_scalar_is_summarised() -> None:
+    rows = summarise({"a": np.arange(101.0), "k": np.ones((101, 2, 1), int)})
+    assert [r.name for r in rows] == ["a", "k[0,0]", "k[1,0]"]
+    assert rows[0][1:] == pytest.approx((50, np.std(np.arange(101), ddof=1), 5, 50, 95))
+
+
+def test_subsample_and_checkpoint(folder: Path) -> None:
+    out = folder / "checkpointed"
+    words = [
+        "fit", f"{folder}/model.py:line", "--data", folder / "data.npz", "--subsample", "data=5", "--checkpoint",
+        "--family", "mean-field", "--steps", 100, "--draws", 10, "--out", out, "--json",
+    ]  # fmt: skip
+    first, second = last_json(hivi_command(*words)), last_json(hivi_command(*words))
+    assert (out / "checkpoint.safetensors").exists()
+    assert first["summary"] == second["summary"]
+    other = hivi_command(*words, "--seed", 1)
+    assert other.exit_code == 1
+    assert "another configuration" in other.stderr
+
+
+def test_explain(folder: Path) -> None:
+    data = folder / "one.json"
+    data.write_text('{"total": 5}')
+    result = hivi_command("explain", f"{folder}/model.py:counts", "--data", data)
+    assert result.exit_code == 0, result.output
+    assert "factors" in result.stdout
+    assert "Difference" in result.stdout
+    found = last_json(hivi_command("explain", f"{folder}/model.py:counts", "--data", data, "--json"))
+    assert "Difference" in found["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "x,y\n1,2\n3\n", ["line 3", "1 values", "expected 2"]),
+        ("b.csv", "x,y\n1,2\n3,four\n", ["line 3", "column 'y'", "'four'", "a number"]),
+        ("c.csv", "x,x\n1,2\n", ["line 1", "twice"]),
+        ("d.csv", "x,\n1,2\n", ["line 1", "a header"]),
+        ("e.csv", "x,y\n", ["line 2", "no rows"]),
+        ("f.csv", "", ["line 1", "a header"]),
+        ("g.csv", b"x,y\n1,\xff\n", ["UTF-8"]),
+        ("a.json", '{"x": [1, 2],\n "y": [1, 2}', ["line 2", "JSON"]),
+        ("b.json", "[1, 2]", ["a JSON list", "an object"]),
+        ("c.json", '{"x": [[1, 2], [3]], "y": 1}', ["'x'", "ragged"]),
+        ("d.json", '{"x": "one", "y": 1}', ["'x'", "'one'"]),
+        ("a.npz", "not an archive", ["a.npz", "NPZ"]),
+        ("a.txt", "1 2 3", ["'.txt'", ".npz, .csv, .json"]),
+        ("unknown.csv", "x,z\n1,2\n", ["'z'", "does not take", "['x', 'y', 'noise']"]),
+        ("missing.csv", "y\n1\n", ["no data for ['x']"]),
+    ],
+)
+def test_malformed_data_are_refused(folder: Path, name: str, content: str | bytes, expected: list[str]) -> None:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / name, "--out", folder / "none")
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    assert "Cure:" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 or len(result.stderr) > 200
+    text = " ".join(result.stderr.split())
+    for piece in expected:
+        assert piece in text
+    assert not (folder / "none").exists()
+
+
+def test_integers_stay_integers(folder: Path) -> None:
+    (folder / "types.csv").write_text("a,b\n1,1\n-2,nan\n")
+    found = read_data(folder / "types.csv")
+    assert found["a"].dtype.kind == "i"
+    assert found["b"].dtype.kind == "f"
+    np.savez(folder / "types.npz", n=3, x=np.zeros((2, 2)))
+    assert read_data(folder / "types.npz")["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (["fit", "model.py"], 2, "FILE.py:MODEL"),
+        (["fit", "nowhere.py:model"], 2, "no file"),
+        (["fit", "MODEL:line", "--data", "nowhere.csv"], 2, "nowhere.csv"),
+        (["fit", "MODEL:line", "--data", "DATA", "--subsample", "data"], 2, "PLATE=B"),
+        (["fit", "MODEL:line", "--family", "round"], 2, "mean-field"),
+        (["fit", "MODEL:line", "--steps", "0"], 2, "steps"),
+        (["fit", "MODEL:lines"], 1, "['line', 'counts']"),
+        (["fit", "MODEL:number"], 1, "a int"),
+        (["fit", "BROKEN:model"], 1, "SyntaxError"),
+        (["explain", "MODEL:line"], 1, "no data for ['x']"),
+        (["reproduce", "everything"], 2, "everything"),
+    ],
+)
+def test_wrong_usage_and_wrong_models(folder: Path, words: list[str], code: int, expected: str) -> None:
+    (folder / "broken.py").write_text("def model(:\n")
+    places = {"MODEL": folder / "model.py", "BROKEN": folder / "broken.py", "DATA": folder / "data.csv"}
+    for name, place in places.items():
+        words = [w.replace(name, str(place)) if w.isupper() or w.startswith(f"{name}:") else w for w in words]
+    result = hivi_command(*words)
+    assert result.exit_code == code, result.output
+    assert expected in " ".join(result.stderr.replace("│", " ").split())
+    assert "Traceback" not in result.output
+
+
+def test_interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit_command, "run_fit", interrupted)
+    result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", "--out", folder / "none")
+    assert result.exit_code == 130
