@@ -36,7 +36,10 @@ PAIRS = {
         (("_locality/axes.py"), f"_locality/{part}.py")
         for part in ("rules", "indexing", "integers", "loops", "merging")
     ),
-    *(("_families/hierarchical.py", f"_families/{part}.py") for part in ("auxiliary", "flow", "full_rank", "mixture")),
+    *(
+        ("_families/hierarchical.py", f"_families/{part}.py")
+        for part in ("auxiliary", "flow", "full_rank", "mean_field", "mixture")
+    ),
     ("_estimators/auto.py", "_estimators/differences.py"),
     ("_estimators/auto.py", "_estimators/pathwise.py"),
     ("_estimators/auto.py", "_estimators/score.py"),

@@ -118,8 +118,16 @@ def test_gradients_do_not_depend_on_the_spelling(name, strategy):
     np.testing.assert_allclose(found, right, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", [hivi.Score(), hivi.LocalExpectation()], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("name", ["loop", "plate"])
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("plate", hivi.Score()),
+        ("plate", hivi.LocalExpectation()),
+        pytest.param("loop", hivi.Score(), marks=pytest.mark.slow),
+        pytest.param("loop", hivi.LocalExpectation(), marks=pytest.mark.slow),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
 def test_gradients_of_a_hierarchy_do_not_depend_on_the_spelling(name, strategy):
     """The terms of r are local too."""
     found, right = (gradients(t, "hvm mean-field", strategy, 16) for t in (spelled(name), chain()))

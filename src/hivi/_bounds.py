@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
@@ -28,6 +27,10 @@ class AbstractBound(eqx.Module):
     @abc.abstractmethod
     def draws(self) -> int:
         """Number of draws that one estimate takes."""
+
+    @abc.abstractmethod
+    def linear(self, branches: int) -> bool:
+        """Whether the bound is linear in the log-weights, so that minibatches keep it a bound."""
 
     @abc.abstractmethod
     def value(self, log_w: Weights, log_pi: Float[Array, " branches"]) -> Float[Array, " samples"]:
@@ -60,6 +63,9 @@ class Elbo(AbstractBound):
     @property
     def draws(self) -> int:
         return 1
+
+    def linear(self, branches: int) -> bool:
+        return True
 
     def value(self, log_w: Weights, log_pi: Array) -> Array:
         return jnp.sum(jnp.exp(log_pi) * log_w, -1)[:, 0]
@@ -96,19 +102,27 @@ class ImportanceWeighted(AbstractBound):
     def draws(self) -> int:
         return self.outer
 
+    def linear(self, branches: int) -> bool:
+        return self.outer == 1 and branches == 1
+
     def value(self, log_w: Weights, log_pi: Array) -> Array:
-        if self.outer == 1 and log_pi.shape[0] == 1:
+        if self.linear(log_pi.shape[0]):
             return log_w[:, 0, 0]
         return logsumexp(log_w + log_pi, axis=(1, 2)) - jnp.log(self.outer)
 
     def increment(self, log_w: Weights, log_pi: Array, change: Array) -> Array:
-        share = jax.nn.softmax((log_w + log_pi).reshape(log_w.shape[0], -1)).reshape(log_w.shape)
-        share = share.reshape(share.shape + (1,) * (change.ndim - 3))
-        if self.outer == 1 and log_pi.shape[0] == 1:
+        if self.linear(log_pi.shape[0]):
             return change
-        # log(1 + share (e^change - 1)), with no overflow for a large change and no loss for a small one.
-        big = jnp.logaddexp(jnp.log1p(-jnp.minimum(share, 1 - 1e-7)), jnp.log(share + 1e-38) + change)
-        return jnp.where(jnp.abs(change) < 10, jnp.log1p(share * jnp.expm1(jnp.clip(change, -10, 10))), big)
+        flat = (log_w + log_pi).reshape(log_w.shape[0], -1)
+        total = logsumexp(flat, axis=1, keepdims=True)
+        # The other draws' share exactly, draw by draw: one minus this draw's own would lose all below 1e-7.
+        others = jnp.where(jnp.eye(flat.shape[1], dtype=bool), -jnp.inf, flat[:, None, :])
+        shape = log_w.shape + (1,) * (change.ndim - 3)
+        log_rest = (logsumexp(others, axis=2) - total).reshape(shape)
+        log_share = (flat - total).reshape(shape)
+        exact = jnp.logaddexp(log_rest, log_share + change)
+        small = jnp.log1p(jnp.exp(log_share) * jnp.expm1(jnp.clip(change, -1.0, 1.0)))
+        return jnp.where(jnp.abs(change) < 1, small, exact)
 
 
 def _check(where: str, found: int, least: int) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import Binomial, CategoricalLogits, Normal
 
 from hivi._space import Site, Values
-from hivi._tree import Key
+from hivi._tree import Key, value_zero
 
 MAX_LOG_RATE = 20.0
 """Log rates are used up to e^20: beyond that an int32 draw and a float32 count lose their last digits."""
@@ -191,9 +191,10 @@ class BinomialLikelihood(AbstractLikelihood):
 
     def move_weights(self, lam: Array, z: Array) -> Array:
         # d/dp E_n f = n E_{n-1}[f(z+1)-f(z)], and Binomial(n-1) = (n-z)/(n(1-p)) Binomial(n) at z.
+        # dp / (1-p) = p d lambda: written so, nothing overflows where p rounds to 1.
         p = jax.nn.sigmoid(lam[..., 0])
-        left = self.count - 1 - (z - self.low)
-        return (p * jax.lax.stop_gradient(left / (1 - p)))[None]
+        weight = jax.lax.stop_gradient(p * (self.count - 1 - (z - self.low)))
+        return (weight * (1 + value_zero(lam[..., 0])))[None]
 
     def score(self, lam: Array, z: Array) -> Array:
         return (z - self.low)[..., None] - (self.count - 1) * jax.nn.sigmoid(lam)

@@ -91,6 +91,7 @@ class Site:
         support: NumPyro constraint of that value; None where it depends on other latents.
         plates: pairs (plate name, axis of `shape`).
         local: the subsampled plate whose rows the site has, with the axis; None for a global site.
+        bounds: class and parameters of the support, as text.
     """
 
     name: str
@@ -100,6 +101,11 @@ class Site:
     support: Constraint | None = dataclasses.field(default=None, compare=False)
     plates: tuple[tuple[str, int], ...] = ()
     local: tuple[Plate, int] | None = None
+    bounds: str = dataclasses.field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        # Constraints cannot be hashed; two sites with other bounds must still be unequal, or compiled maps are reused.
+        object.__setattr__(self, "bounds", "" if self.support is None else fingerprint(self.support))
 
     @property
     def discrete(self) -> bool:
@@ -145,29 +151,41 @@ class Site:
         """Map one value from engine coordinates to the model's own space."""
         if self.discrete:
             return value
+        return biject_to(self._fixed_support())(value)
+
+    def _fixed_support(self) -> Constraint:
         if self.support is None:
             raise TargetError(
                 message(
                     f"site {self.name!r}",
-                    "a support that depends on other latents",
-                    "a fixed support",
-                    "use the target's own `constrain`, which runs the model",
+                    "a support that depends on other latents or on arrays",
+                    "a fixed support, to map values between the model's space and the engine's",
+                    "draw with Fit.sample, which runs the model; for densities, reparameterise the site",
                 )
             )
-        return biject_to(self.support)(value)
+        return self.support
 
     def log_jacobian(self, value: Array) -> Array:
         """Log |d constrained / d unconstrained| of one value, summed; 0 for a discrete site."""
-        if self.discrete or self.support is None:
+        if self.discrete:
             return jnp.zeros(())
-        transform = biject_to(self.support)
+        transform = biject_to(self._fixed_support())
         return jnp.sum(transform.log_abs_det_jacobian(value, transform(value)))
 
     def unconstrain(self, value: Array) -> Array:
         """Map one value from the model's own space to engine coordinates."""
-        if self.discrete or self.support is None:
+        if self.discrete:
             return jnp.asarray(value)
-        return biject_to(self.support).inv(jnp.asarray(value))
+        return biject_to(self._fixed_support()).inv(jnp.asarray(value))
+
+
+def fingerprint(support: Constraint) -> str:
+    """Class and parameters of a constraint, as text."""
+    children, (_, aux) = support.tree_flatten()
+    if any(isinstance(c, jax.core.Tracer) for c in children):
+        return f"{type(support).__name__} while tracing"
+    parts = [fingerprint(c) if isinstance(c, Constraint) else np.asarray(c).tolist() for c in children]
+    return f"{type(support).__name__}{parts}{sorted(dict(aux).items())}"
 
 
 def make_site(
@@ -216,7 +234,7 @@ def classify(name: str, support: Constraint) -> Values:
                 f"site {name!r}",
                 "integer bounds that depend on other latents",
                 "fixed bounds",
-                "give the count a fixed upper bound, or use a support without one (Poisson) and a `factor` that cuts it",
+                "give the count a fixed upper bound",
             )
         )
     if type(base) is type(constraints.integer_greater_than(0)) and lower is not None:

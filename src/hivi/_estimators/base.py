@@ -84,33 +84,38 @@ class AbstractEstimator(eqx.Module):
 class Fixed(AbstractEstimator):
     """The strategies that a user named: one for all sites where it is eligible, or a dict by site.
 
-    A site that the named strategy cannot serve (a continuous one under `LocalExpectation`) takes the pathwise gradient if
-    it is continuous; otherwise it is refused.
+    Sites that a dict does not name, and continuous sites that a single strategy cannot serve, get `otherwise`'s choice.
     """
 
     strategies: Any = eqx.field(static=True)
-    otherwise: Any = eqx.field(static=True)
+    otherwise: AbstractEstimator
 
     def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
         conditionals = abstract_conditionals(proposal)
-        named = self.strategies if isinstance(self.strategies, Mapping) else None
-        out = {}
-        for site in target.sites:
-            strategy = self.strategies if named is None else named.get(site.name, self.otherwise)
-            reason = strategy.refusal(site, conditionals.get(site.name))
-            if reason and not site.discrete and named is None:
-                strategy, reason = self.otherwise, None
+        out = self.otherwise.resolve(target, proposal, bound)
+        if isinstance(self.strategies, Mapping):
+            for name in self.strategies:
+                target.site(name)
+            wanted = dict(self.strategies)
+        else:
+            wanted = {s.name: self.strategies for s in target.sites if s.discrete or not self._reason(s, conditionals)}
+        for name, strategy in wanted.items():
+            reason = strategy.refusal(target.site(name), conditionals.get(name))
             if reason:
                 raise FitError(
                     message(
-                        f"site {site.name!r}",
+                        f"site {name!r}",
                         f"the estimator {type(strategy).__name__}(): {reason}",
                         "a strategy that can serve it",
                         "use estimator=hivi.Auto()",
                     )
                 )
-            out[site.name] = strategy
+            out[name] = strategy
         return out
+
+    def _reason(self, site: Site, conditionals: Mapping[str, Conditional]) -> str | None:
+        reason: str | None = self.strategies.refusal(site, conditionals.get(site.name))
+        return reason
 
 
 def abstract_conditionals(proposal: AbstractProposal) -> dict[str, Conditional]:

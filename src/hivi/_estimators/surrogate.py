@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
+from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy, Evaluation
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
@@ -50,6 +51,7 @@ def surrogate(
     rows = target.minibatch(k_rows)
     local = proposal.gather(rows)
     branches, log_pi = local.branches, local.log_weights()
+    check_minibatch(target, bound, branches)
     keys = shard(jax.random.split(k_draws, (samples, bound.draws, branches)))
 
     def one(k: Key, branch: Array) -> tuple[Array, PyTree, Array]:
@@ -119,11 +121,30 @@ def _scale(target: Target, name: str) -> float:
     return target.site(name).scale
 
 
+def check_minibatch(target: Target, bound: AbstractBound, branches: int) -> None:
+    """Refuse a multi-sample bound on minibatches: the log of a noisy mean exceeds the bound, without limit.
+
+    Raises:
+        FitError: naming the plate.
+    """
+    noisy = [p.name for p in target.plates if p.batch < p.size]
+    if noisy and not bound.linear(branches):
+        raise FitError(
+            message(
+                f"subsampled plate {noisy[0]!r}",
+                f"{bound}, which takes the logarithm of a mean over {bound.draws * branches} draws of noisy log-weights",
+                "a bound that is linear in the log-weights",
+                "use Elbo(), or ImportanceWeighted(outer=1, inner=K) without a mixture, or the whole data",
+            )
+        )
+
+
 def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key) -> Float[Array, ""]:
     """One estimate of the bound, for evaluation only."""
     k_rows, k_draws = jax.random.split(key)
     rows = target.minibatch(k_rows)
     local = proposal.gather(rows)
+    check_minibatch(target, bound, local.branches)
     scales = local.scales()
 
     def one(k: Key, branch: Array) -> Array:

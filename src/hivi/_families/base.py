@@ -168,6 +168,10 @@ class AbstractFamily(eqx.Module):
             FamilyError: the family cannot represent one of the sites.
         """
 
+    def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
+        """The family for one row of the sites' subsampled plate."""
+        return self
+
     def native_plates(self) -> bool:
         """Whether `build` accepts sites of a subsampled plate; otherwise it is built row by row."""
         return False

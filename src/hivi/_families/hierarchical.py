@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hivi._errors import FamilyError, message
 from hivi._families.auxiliary import (
@@ -23,6 +23,7 @@ from hivi._families.auxiliary import (
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
+from hivi._families.mean_field import MeanFieldProposal
 from hivi._families.mixture import Mixture
 from hivi._likelihood import likelihood
 from hivi._space import Latents, Site, Values
@@ -69,6 +70,15 @@ class Hierarchical(AbstractFamily):
         location, scale = self._from_scratch(link, k3) if self.start is None else self._from_start(link)
         prior = self.prior.build(space, k1).recentre(location, scale * self.spread)
         return HierarchicalProposal(sites, prior, self._auxiliary(link).build(link, prior, k2))
+
+    def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
+        if self.start is None:
+            return self
+        found = start_parameters(self.start)
+        local = {s.name: s.local[1] for s in sites if s.local is not None and s.name in found}
+        lam = {name: jnp.take(found[name], row, axis=axis) for name, axis in local.items()}
+        start = MeanFieldProposal(tuple(s.row() for s in sites if s.name in lam), lam)
+        return Hierarchical(self.prior, self.auxiliary, start, self.spread)
 
     def _auxiliary(self, link: Link) -> AbstractAuxiliary:
         if self.auxiliary is not None:

@@ -88,7 +88,7 @@ def _by_plate(family: AbstractFamily, sites: tuple[Site, ...]) -> dict[Plate | N
 def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Key) -> AbstractProposal:
     rows = tuple(s.row() for s in sites)
     keys = jax.random.split(key, plate.size)
-    example = family.build(rows, keys[0])
+    example = family.at_row(sites, jnp.array(0)).build(rows, keys[0])
     if example.branches > 1:
         raise FamilyError(
             message(
@@ -99,7 +99,11 @@ def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Ke
             )
         )
     static = eqx.partition(example, eqx.is_array)[1]
-    stacked = jax.vmap(lambda k: eqx.filter(family.build(rows, k), eqx.is_array))(keys)
+
+    def arrays_of(k: Key, row: Array) -> PyTree:
+        return eqx.filter(family.at_row(sites, row).build(rows, k), eqx.is_array)
+
+    stacked = jax.vmap(arrays_of)(keys, jnp.arange(plate.size))
     return RowsProposal(sites, eqx.combine(stacked, static), plate)
 
 

@@ -19,7 +19,6 @@ from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, LoadError, message
 from hivi._estimators.auto import Auto
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
-from hivi._estimators.pathwise import Pathwise
 from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
@@ -30,7 +29,7 @@ from hivi._fit.parallel import check_mesh, distribute
 from hivi._fit.progress import Bar
 from hivi._fit.result import Fit
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
-from hivi._fit.stopping import collapsed, levelled
+from hivi._fit.stopping import MAX_LOST, collapsed, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, check_start
 from hivi._tree import Key, finite
@@ -38,6 +37,8 @@ from hivi._tree import Key, finite
 LEARNING_RATE = 0.01
 RECOVERIES = 6
 DENSE_LIMIT = 400
+FORGIVE_AFTER = 20
+"""Chunks without trouble after which earlier recoveries no longer count."""
 SAVE_EVERY = 20.0
 """Seconds between two checkpoints."""
 
@@ -97,10 +98,12 @@ def fit(
     """
     began = time.monotonic()
     _check_counts(steps, samples)
-    family = default_family(target) if family is None else family
+    chosen_for_them = family is None and start is None
+    if family is None:
+        family = default_family(target) if start is None else start.family
     bound = Elbo() if bound is None else bound
     k_build, k_check, k_run = jax.random.split(key, 3)
-    proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target)
+    proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
     strategies = _resolve(estimator).resolve(target, proposal, bound)
     check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
@@ -118,8 +121,9 @@ def fit(
     identity = None
     if checkpoint is not None:
         identity = store.fingerprint(
-            target.factored.program.key, [target.data, target.factored.consts], repr(store.encode(family)), repr(bound),
-            repr(plan.strategies), key, [steps, samples, learning_rate, tolerance, optimizer is None], state,
+            target.factored.program.key, repr(target.factored.factors), repr(target.sites), repr(target.plates),
+            [target.data, target.factored.consts], repr(store.encode(family)), repr(bound), repr(plan.strategies), key,
+            [steps, samples, learning_rate, repr(tolerance), optimizer is None], _probe(chosen), state,
         )  # fmt: skip
     run = _Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
     run.resume()
@@ -132,7 +136,7 @@ def fit(
         converged=run.converged,
         history=run.history(),
         seconds=time.monotonic() - began,
-        message=outcome,
+        message=outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else ""),
         target=target,
         strategies={name: type(s).__name__ for name, s in strategies.items()},
     )
@@ -159,13 +163,24 @@ def _check_counts(steps: int, samples: int) -> None:
             raise FitError(message(f"fit({name}=...)", repr(value), "a positive integer", "correct the number"))
 
 
+def _probe(optimizer: optax.GradientTransformation) -> list[Any]:
+    """What an optimiser does to a fixed gradient: its settings cannot be read, but tell here."""
+    value, gradient = jnp.zeros(2), jnp.array([1.0, -0.5])
+    extended, out = optax.with_extra_args_support(optimizer), []
+    moments = extended.init(value)
+    for _ in range(2):
+        update, moments = extended.update(gradient, moments, value, value=jnp.zeros(()))
+        out.append(update)
+    return out
+
+
 def _resolve(estimator: Any) -> AbstractEstimator:
     if estimator is None:
         return Auto()
-    return estimator if isinstance(estimator, AbstractEstimator) else Fixed(estimator, Pathwise())
+    return estimator if isinstance(estimator, AbstractEstimator) else Fixed(estimator, Auto())
 
 
-def _continue(start: Fit, target: Target) -> AbstractProposal:
+def _continue(start: Fit, target: Target, family: Any) -> AbstractProposal:
     if start.sites != target.sites:
         raise FitError(
             message(
@@ -173,6 +188,14 @@ def _continue(start: Fit, target: Target) -> AbstractProposal:
                 "a fit of other sites",
                 f"sites {[s.name for s in target.sites]}",
                 "use the same model",
+            )
+        )
+    fresh = eqx.filter_eval_shape(build_proposal, family, target.sites, jax.random.key(0))
+    found: Any = jax.tree.structure(eqx.filter_eval_shape(lambda: start.proposal))
+    if jax.tree.structure(fresh) != found:
+        raise FitError(
+            message(
+                "fit(start=...)", f"a fit of {_label(start.family)}", f"a fit of {_label(family)}", "leave `family` out"
             )
         )
     return start.proposal
@@ -205,6 +228,7 @@ class _Run:
         self.converged = False
         self.recoveries = 0
         self._saved = time.monotonic()
+        self._clean = 0
 
     def history(self) -> dict[str, np.ndarray]:
         """One entry per step."""
@@ -229,6 +253,9 @@ class _Run:
                     return failure
                 self.state = new
                 self.elbo, self.stderr = np.append(self.elbo, elbo), np.append(self.stderr, stderr)
+                self._clean = self._clean + 1
+                if self._clean >= FORGIVE_AFTER:
+                    self.recoveries = 0
                 self._maybe_stop()
                 bar.update(len(self.elbo), elbo, len(self.elbo) / (time.monotonic() - self.began))
                 self._checkpoint(finished=len(self.elbo) >= self.last)
@@ -256,7 +283,7 @@ class _Run:
 
     def _trouble(self, new: State, before: int, elbo: np.ndarray, taken: int) -> str | None:
         skipped = int(new.skipped) - before
-        if skipped > taken // 4 or not bool(finite(new.proposal)):
+        if skipped > MAX_LOST * taken or not bool(finite(new.proposal)):
             return f"bound or gradient not finite in {skipped} of {taken} steps"
         if taken == CHUNK and collapsed(np.append(self.elbo, elbo), CHUNK):
             return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.elbo[-CHUNK:]):.4g}"
@@ -265,6 +292,7 @@ class _Run:
     def _recover(self, good: State, trouble: str) -> str | None:
         """Go back to the last good state with half the step size; a message once that has failed too often."""
         self.recoveries += 1
+        self._clean = 0
         if self.recoveries > RECOVERIES:
             return message(
                 f"fit, after {len(self.elbo)} steps",

@@ -248,15 +248,15 @@ def _constrain_target(target: Target, draws: Latents) -> dict[str, Array]:
     return jax.vmap(target.constrain)(draws)
 
 
+@eqx.filter_jit
 def _constrain_sites(sites: tuple[Site, ...], draws: Latents) -> dict[str, Array]:
-    return jax.jit(jax.vmap(functools.partial(constrain, sites)))(draws)
+    return jax.vmap(functools.partial(constrain, sites))(draws)
 
 
+@eqx.filter_jit
 def _log_density(
     proposal: AbstractProposal, sites: tuple[Site, ...], z: dict[str, Array], key: Key, samples: int
 ) -> Array:
-    count = next(iter(z.values())).shape[0]
-
     def one(args: tuple[dict[str, Array], Key]) -> Array:
         value, k = args
         free, jacobian = {}, jnp.zeros(())
@@ -265,6 +265,5 @@ def _log_density(
             jacobian = jacobian + s.log_jacobian(free[s.name])
         return proposal.log_density(free, k, samples) - jacobian
 
-    return eqx.filter_jit(lambda p, v, k: jax.lax.map(one, (v, k), batch_size=BATCH))(
-        proposal, z, jax.random.split(key, count)
-    )
+    count = next(iter(z.values())).shape[0]
+    return jax.lax.map(one, (z, jax.random.split(key, count)), batch_size=BATCH)

@@ -125,7 +125,9 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
     if plan.scheduled:
         updates, moments = plan.optimizer.update(gradient, state.moments, params)
     else:
-        updates, moments = plan.optimizer.update(jax.tree.map(jnp.negative, gradient), state.moments, params)
+        down = jax.tree.map(jnp.negative, gradient)
+        extended = optax.with_extra_args_support(plan.optimizer)
+        updates, moments = extended.update(down, state.moments, params, value=-value)
     updates = jax.tree.map(lambda u: factor.astype(u.dtype) * u, updates)
     moved = eqx.combine(optax.apply_updates(params, updates), static)
     kept = select(ok, moved, state.proposal)

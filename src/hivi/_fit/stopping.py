@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 MIN_STEPS = 1000
+MAX_LOST = 0.05
+"""Share of steps without a finite bound or gradient beyond which a fit is in trouble."""
 
 
 class Trend(NamedTuple):
@@ -37,10 +39,11 @@ def _batch_error(values: np.ndarray) -> float:
 
 def levelled(elbo: np.ndarray, tolerance: float) -> bool:
     """Whether the bound rises by less than `tolerance` standard errors."""
-    if len(elbo) < MIN_STEPS:
+    values = elbo[np.isfinite(elbo)]
+    if len(values) < max(MIN_STEPS, (1 - MAX_LOST) * len(elbo)):
         return False
-    found = trend(elbo)
-    return bool(found.change < tolerance * found.stderr + 1e-7 * abs(float(np.mean(elbo[-32:]))))
+    found = trend(values)
+    return bool(found.change < tolerance * found.stderr + 1e-7 * abs(float(np.mean(values[-32:]))))
 
 
 def collapsed(elbo: np.ndarray, chunk: int) -> bool:

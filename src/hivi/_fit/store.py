@@ -145,7 +145,9 @@ def unpack(tree: PyTree, arrays: Mapping[str, np.ndarray], where: Path) -> PyTre
                 )
             )
         value = jnp.asarray(found, expected.dtype)
-        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key else value
+        if is_key:
+            return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
+        return jax.device_put(value, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(take, tree)
 
@@ -203,6 +205,7 @@ def fingerprint(*things: Any) -> str:
     for thing in things:
         for leaf in jax.tree.leaves(thing):
             raw = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            digest.update(f"{getattr(raw, 'shape', '')}{getattr(raw, 'dtype', '')};".encode())
             digest.update(
                 np.asarray(raw).tobytes() if eqx.is_array(raw) or isinstance(raw, np.ndarray) else repr(raw).encode()
             )

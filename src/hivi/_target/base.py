@@ -8,7 +8,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from hivi._errors import TargetError, message
 from hivi._factored import Factored
@@ -63,7 +63,7 @@ class Target(eqx.Module):
     def minibatch(self, key: Key) -> Rows:
         """Rows drawn without replacement, uniformly, from every subsampled plate."""
         keys = jax.random.split(key, max(len(self.plates), 1))
-        return {p.name: jax.random.permutation(k, p.size)[: p.batch] for p, k in zip(self.plates, keys, strict=False)}
+        return {p.name: distinct_rows(k, p.size, p.batch) for p, k in zip(self.plates, keys, strict=False)}
 
     def terms(self, z: Latents, rows: Rows | None = None) -> list[Array]:
         """The factor arrays at one z, unweighted and before their sums."""
@@ -83,6 +83,33 @@ class Target(eqx.Module):
 def full_size(target: Target) -> bool:
     """Whether every plate is seen whole."""
     return all(p.batch == p.size for p in target.plates)
+
+
+def distinct_rows(key: Key, size: int, batch: int) -> Int[Array, " batch"]:
+    """`batch` distinct rows of `size`, each row equally likely.
+
+    A permutation of all rows costs time with the size of the data, so for a small share of many rows a keyed Feistel
+    network permutes only the positions 0..batch-1 (walking on until it lands below `size`).
+    """
+    if size < 4096 or 4 * batch > size:
+        return jax.random.permutation(key, size)[:batch]
+    half = (size - 1).bit_length() // 2 + 1
+    low = jnp.uint32((1 << half) - 1)
+    secrets = jax.random.bits(key, (6,), jnp.uint32)
+
+    def network(x: Array) -> Array:
+        left, right = x >> half, x & low
+        for secret in secrets:
+            mixed = (right + secret) * jnp.uint32(0x9E3779B1)
+            mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x85EBCA77)
+            left, right = right, left ^ ((mixed ^ (mixed >> 13)) & low)
+        return (left << half) | right
+
+    def walk(x: Array) -> Array:
+        return jnp.where(x < size, x, network(x))
+
+    rows = network(jnp.arange(batch, dtype=jnp.uint32))
+    return jax.lax.while_loop(lambda x: jnp.any(x >= size), walk, rows).astype(jnp.int32)
 
 
 def check_start(target: Target, draws: Mapping[str, Array]) -> None:
