@@ -32,7 +32,7 @@ def failures() -> Iterator[None]:
     try:
         yield
     except HiviError as error:
-        console(to_stderr=True).print(f"hivi: {error}", style="red", markup=False, highlight=False)
+        console(to_stderr=True).print(f"hivi: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(FAILED) from None
 
 

@@ -26,7 +26,7 @@ Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the
 
 @app.command(epilog=CODES)
 def bernoulli(out: Out = Path("runs/bernoulli"), steps: Steps = 10_000, seed: Seed = 0, json: Json = False) -> None:
-    """Figure 1 of the paper: tables of two and of three dependent Bernoullis (about two minutes on two cores).
+    """Figure 1 of the paper: tables of two and of three dependent Bernoullis (two to four minutes on two cores).
 
     Mean-field against hierarchical families with flow and mixture priors: the bound with its standard error, the exact
     KL(q||p) in nats by quadrature, and q itself. Writes `figure1` (the tables) and `lambda` (the fitted priors).
@@ -41,7 +41,7 @@ def bernoulli(out: Out = Path("runs/bernoulli"), steps: Steps = 10_000, seed: Se
 def mixture_poisson(
     out: Out = Path("runs/mixture-poisson"), steps: Steps = 10_000, seed: Seed = 0, json: Json = False
 ) -> None:
-    """A posterior over two counts with four modes (about a minute and a half on two cores).
+    """A posterior over two counts with four modes (two to three minutes on two cores).
 
     Which family finds the modes: the bound, the total variation distance to the exact table, and the mass that q gives
     to each mode beside its true mass. Writes `mixture_poisson`, heat maps of p and of every q.
@@ -60,7 +60,7 @@ def ard(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Linear regression with automatic relevance determination, against NUTS (about a minute on two cores).
+    """Linear regression with automatic relevance determination, against NUTS (one to four minutes on two cores).
 
     Weights depend on their variances, which mean-field cannot represent: bounds, errors of posterior means and standard
     deviations against NumPyro's NUTS, and the dependence that each family keeps. Writes `ard`, the draws of each.
