@@ -45,7 +45,9 @@ def gaussian(scale: jax.Array | None = None) -> hivi.Target:
 
 def same(a: object, b: object) -> bool:
     """Whether two PyTrees hold the same bits."""
-    leaves = zip(jax.tree.leaves(eqx.filter(a, eqx.is_array)), jax.tree.leaves(eqx.filter(b, eqx.is_array)), strict=True)
+    leaves = zip(
+        jax.tree.leaves(eqx.filter(a, eqx.is_array)), jax.tree.leaves(eqx.filter(b, eqx.is_array)), strict=True
+    )
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in leaves)
 
 
@@ -265,7 +267,9 @@ def test_bad_arguments_are_named() -> None:
         ({"estimator": hivi.LocalExpectation(), "steps": 1}, None),
     ):
         if match is None:  # a finite-support strategy on a continuous site: the pathwise gradient is taken
-            assert hivi.fit(target, hivi.MeanField(), key=KEY, progress=False, **options).strategies == {"x": "Pathwise"}
+            assert hivi.fit(target, hivi.MeanField(), key=KEY, progress=False, **options).strategies == {
+                "x": "Pathwise"
+            }
         else:
             with pytest.raises(hivi.FitError, match=match):
                 hivi.fit(target, hivi.MeanField(), key=KEY, progress=False, **options)

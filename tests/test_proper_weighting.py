@@ -23,6 +23,7 @@ from hivi._families.base import AbstractProposal, Layout
 from hivi._families.hierarchical import HierarchicalProposal
 from hivi._families.mixture import MixtureProposal
 from hivi._space import Latents
+from hivi._tree import compiled
 
 DRAWS = 20_000
 PRECISE = 0.03
@@ -98,7 +99,6 @@ def one_dimensional(target: str, family: str) -> bool:
     return target in ("count", "binomial") and any(k in family for k in ("coupling", "maf"))
 
 
-NESTED = "a nested prior's term 'r(log det)' is overwritten by the outer auxiliary's of the same name"
 ROWS = [
     (target, family, inner)
     for target in TARGETS
@@ -122,8 +122,7 @@ DEFAULT_ROWS = [
 
 def rows(chosen: list[tuple[str, str, int]]) -> list[Any]:
     """Parameters of a test, with the known failures marked."""
-    marks = [pytest.mark.xfail(strict=True, raises=AssertionError, reason=NESTED)]
-    return [pytest.param(*r, id=" - ".join(map(str, r)), marks=marks if r[1] == "hvm hvm" else ()) for r in chosen]
+    return [pytest.param(*r, id=" - ".join(map(str, r))) for r in chosen]
 
 
 def check(target: str, family: str, inner: int) -> None:
@@ -259,9 +258,6 @@ def test_coordinates_of_a_draw_are_its_base(family):
     np.testing.assert_allclose(log_q, proposal.log_density(z, jax.random.key(0)), atol=2e-3)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=UserWarning, reason="the cached skeleton of a flow keeps the precision it was built in"
-)
 @pytest.mark.parametrize("kind", ["coupling", "maf", "spline"])
 def test_flows_of_both_precisions_in_one_process(kind):
     """A flow built in double precision leaves nothing behind for the same one in single precision."""
@@ -287,11 +283,8 @@ def test_recentre_moves_a_prior(family):
     assert (jnp.abs(jnp.log(draws.std(0) / scale)) < 0.35).all()
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="jaxlib 0.10.2 miscompiles sums on CPU (jax-ml/jax#39103)"
-)
 def test_compiled_weights_are_right():
-    """Plain `jax.jit` of log q over a large batch, as in `fit.elbo`, gives what separate compilation gives."""
+    """`compiled`, as in `fit.elbo`, of log q over a large batch, as in `fit.elbo`, gives what separate compilation gives."""
     model = TARGETS["normal"]()
     proposal = built("hvm planar", model, scale=0.0)
 
@@ -300,4 +293,4 @@ def test_compiled_weights_are_right():
         return total(proposal.log_q(z, context, key))
 
     keys = jax.random.split(jax.random.key(1), 20_000)
-    np.testing.assert_allclose(jax.jit(jax.vmap(log_q))(keys), quick(jax.vmap(log_q))(keys), atol=1e-2)
+    np.testing.assert_allclose(compiled(jax.vmap(log_q))(keys), quick(jax.vmap(log_q))(keys), atol=1e-2)

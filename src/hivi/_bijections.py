@@ -130,12 +130,12 @@ def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijecti
             message(f"Flow(kind={kind!r})", "a single coordinate", "two or more", "use kind='planar' or 'spline'")
         )
     # Static parts (closures inside FlowJAX) come from one cached build: equal configurations share compilations.
-    static = eqx.partition(_skeleton(kind, dim, layers), eqx.is_array)[1]
+    static = eqx.partition(_skeleton(kind, dim, layers, str(jnp.result_type(float))), eqx.is_array)[1]
     return eqx.combine(eqx.filter(_build(kind, dim, layers, key), eqx.is_array), static)
 
 
 @functools.lru_cache(maxsize=256)
-def _skeleton(kind: str, dim: int, layers: int) -> AbstractBijection:
+def _skeleton(kind: str, dim: int, layers: int, precision: str) -> AbstractBijection:
     return _build(kind, dim, layers, jax.random.key(0))
 
 

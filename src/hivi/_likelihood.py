@@ -184,7 +184,10 @@ class BinomialLikelihood(AbstractLikelihood):
         return Binomial(self.count - 1, logits=lam[..., 0]).sample(key).astype(jnp.int32) + self.low
 
     def log_prob(self, lam: Array, z: Array) -> Array:
-        return Binomial(self.count - 1, logits=lam[..., 0]).log_prob(z - self.low)
+        trials, count = float(self.count - 1), (z - self.low).astype(lam.dtype)
+        choose = gammaln(trials + 1) - gammaln(count + 1) - gammaln(trials - count + 1)
+        logits = lam[..., 0]
+        return choose + count * logits - trials * jax.nn.softplus(logits)
 
     def moves(self, z: Array) -> Array:
         return jnp.minimum(z + 1, self.low + self.count - 1)[None]

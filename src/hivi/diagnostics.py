@@ -19,7 +19,7 @@ from hivi._families.hierarchical import HierarchicalProposal
 from hivi._fit.result import Fit
 from hivi._space import Latents, Site
 from hivi._target.base import Target, full_size
-from hivi._tree import Key
+from hivi._tree import Key, compiled
 
 MAX_CELLS = 10_000_000
 """Largest table that is made."""
@@ -78,7 +78,7 @@ def exact_table(target: Target, upper: int | None = None) -> np.ndarray:
     lows = np.concatenate([np.full(math.prod(s.shape), s.values.low, int) for s in target.sites])
     cells = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), -1) + lows
 
-    @eqx.filter_jit
+    @compiled
     def log_p(target: Target, values: Array) -> Array:
         return jax.lax.map(lambda v: target.log_joint(_split(target.sites, v)), values, batch_size=BATCH)
 
@@ -136,7 +136,7 @@ def sample_lambda(fit: Fit, key: Key, samples: int = 1000) -> Float[np.ndarray, 
         branch = jax.random.categorical(k1, prior.log_weights())
         return prior.propose(k2, branch)[0][LAM]
 
-    return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(key, samples)))
+    return np.asarray(compiled(jax.vmap(one))(jax.random.split(key, samples)))
 
 
 def kl(q: np.ndarray, p: np.ndarray) -> float:
@@ -227,7 +227,7 @@ def _one(proposal: AbstractProposal, shape: tuple[int, ...], key: Key, branch: i
     return _outer([m[None] for m in _masses(proposal.sites, proposal.conditionals(context), shape)])
 
 
-@eqx.filter_jit
+@compiled
 def _same_lambda(proposal: AbstractProposal, key: Key) -> Bool[Array, ""]:
     """Whether lambda is a parameter: two draws have the same one, in every branch."""
 
@@ -251,7 +251,7 @@ def _integrable(proposal: HierarchicalProposal, key: Key) -> bool:
     return bool(jnp.all(jnp.abs(_base_gap(proposal, key)) < 1e-6))
 
 
-@eqx.filter_jit
+@compiled
 def _base_gap(proposal: HierarchicalProposal, key: Key) -> Float[Array, " points"]:
     """Gap log q(lambda) |d lambda / d base| - log N(base; 0, 1) at points of the base: zero for flows and Gaussians."""
 
@@ -274,7 +274,7 @@ def _quadrature(proposal: HierarchicalProposal, shape: tuple[int, ...], toleranc
     return Table(table, error, "quadrature")
 
 
-@eqx.filter_jit
+@compiled
 def _grid_sum(proposal: HierarchicalProposal, shape: tuple[int, ...], n: Int[Array, ""]) -> Array:
     """The integral with n nodes per dimension; n is traced, so that all grids share one compilation."""
     prior, dim = proposal.prior, proposal._link.dim
@@ -308,7 +308,7 @@ def _monte_carlo(proposal: AbstractProposal, shape: tuple[int, ...], key: Key, d
     """Mean over draws of lambda, in 32 batches that give the standard error."""
     weights = jnp.exp(proposal.log_weights())
 
-    @eqx.filter_jit
+    @compiled
     def batch(proposal: AbstractProposal, k: Key) -> Array:
         def masses(k: Key, branch: int) -> list[Array]:
             return _masses(proposal.sites, proposal.conditionals(proposal.propose(k, branch)[1]), shape)

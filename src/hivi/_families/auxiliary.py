@@ -100,6 +100,11 @@ class AbstractAuxiliary(eqx.Module):
         """Initial state, which starts at the linearised posterior where it can."""
 
 
+def _prior_terms(prior: AbstractProposal, lam: Array, context: PyTree, key: Key) -> dict[str, Array]:
+    """Terms of log q(lambda), renamed: a prior that is itself hierarchical has an auxiliary with terms of its own."""
+    return {f"prior {name}": term for name, term in prior.log_q({LAM: lam}, context, key).items()}
+
+
 class Whitened(NamedTuple):
     """The linearised posterior in blocks: eta = L'(epsilon - mean) is standard normal, P = L L' blockwise."""
 
@@ -179,7 +184,7 @@ class RegressionState(AbstractAuxiliaryState):
         base, log_det = (point.base, jnp.zeros(())) if self.bijection is None else forward(self.bijection, point.base)
         white, mean, log_scale = self._regression(z, prior)
         parts = self.link.split(base)
-        terms = dict(prior.log_q({LAM: lam}, context, key))
+        terms = _prior_terms(prior, lam, context, key)
         terms["r(log det)"] = -(log_det + point.log_det + white.log_det)
         for s in self.link.sites:
             eta = jnp.sum(white.root[s.name] * parts[s.name][..., :, None], -2) - mean[s.name]
@@ -258,7 +263,7 @@ class LinearisedState(AbstractAuxiliaryState):
         point = prior.coordinates({LAM: lam}, context)
         log_r = jnp.sum(Normal(0.0, 1.0).log_prob(root.T @ point.base - centre))
         log_r = log_r + jnp.sum(jnp.log(jnp.diagonal(root))) + point.log_det
-        return {**prior.log_q({LAM: lam}, context, key), "r(lam|z)": -log_r}
+        return {**_prior_terms(prior, lam, context, key), "r(lam|z)": -log_r}
 
     def draw(self, z: Latents, prior: AbstractProposal, key: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(key)
@@ -332,7 +337,7 @@ class ComponentState(AbstractAuxiliaryState):
         return logsumexp(jax.nn.log_softmax(evidence) + log_n)
 
     def excess(self, z: Latents, lam: Array, context: PyTree, prior: AbstractProposal, key: Key) -> dict[str, Array]:
-        return {**prior.log_q({LAM: lam}, context, key), "r(lam|z)": -self._log_r(lam, z, prior)}
+        return {**_prior_terms(prior, lam, context, key), "r(lam|z)": -self._log_r(lam, z, prior)}
 
     def draw(self, z: Latents, prior: AbstractProposal, key: Key) -> tuple[Array, Array]:
         k1, k2, k3 = jax.random.split(key, 3)

@@ -32,7 +32,7 @@ from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state,
 from hivi._fit.stopping import MAX_LOST, collapsed, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, check_start
-from hivi._tree import Key, finite
+from hivi._tree import Key, compiled, finite
 
 LEARNING_RATE = 0.01
 RECOVERIES = 6
@@ -201,7 +201,7 @@ def _continue(start: Fit, target: Target, family: Any) -> AbstractProposal:
     return start.proposal
 
 
-@eqx.filter_jit
+@compiled
 def _starting_draws(proposal: AbstractProposal, key: Key) -> Latents:
     return jax.vmap(lambda k: proposal.propose(k)[0])(jax.random.split(key, 16))
 
@@ -306,7 +306,7 @@ class _Run:
     def _blame(self, state: State) -> str:
         """Name the factors that are not finite at draws from the last good state."""
         draws = _starting_draws(state.proposal.gather(self.target.all_rows()), state.key)
-        terms = eqx.filter_jit(lambda t, d: jax.vmap(t.terms)(d))(self.target, draws)
+        terms = compiled(lambda t, d: jax.vmap(t.terms)(d))(self.target, draws)
         bad = [f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))]
         return (
             f"not finite at draws from q: factors {sorted(set(bad))}"

@@ -22,7 +22,7 @@ from hivi._families.product import build_proposal
 from hivi._fit import store
 from hivi._space import Latents, Site, constrain
 from hivi._target.base import Target
-from hivi._tree import Key
+from hivi._tree import Key, compiled
 
 BATCH = 64
 """Draws evaluated at once."""
@@ -225,7 +225,7 @@ def _batch_shape(sites: tuple[Site, ...], z: Mapping[str, Any]) -> tuple[int, ..
     return shapes.pop()
 
 
-@eqx.filter_jit
+@compiled
 def _bound_values(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key, samples: int) -> Array:
     def one(k: Key) -> Array:
         return log_weights(proposal, target, bound, k)
@@ -233,7 +233,7 @@ def _bound_values(proposal: AbstractProposal, target: Target, bound: AbstractBou
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
 
 
-@eqx.filter_jit
+@compiled
 def _draws(proposal: AbstractProposal, key: Key, samples: int) -> Latents:
     def one(k: Key) -> Latents:
         k1, k2 = jax.random.split(k)
@@ -243,17 +243,17 @@ def _draws(proposal: AbstractProposal, key: Key, samples: int) -> Latents:
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
 
 
-@eqx.filter_jit
+@compiled
 def _constrain_target(target: Target, draws: Latents) -> dict[str, Array]:
     return jax.vmap(target.constrain)(draws)
 
 
-@eqx.filter_jit
+@compiled
 def _constrain_sites(sites: tuple[Site, ...], draws: Latents) -> dict[str, Array]:
     return jax.vmap(functools.partial(constrain, sites))(draws)
 
 
-@eqx.filter_jit
+@compiled
 def _log_density(
     proposal: AbstractProposal, sites: tuple[Site, ...], z: dict[str, Array], key: Key, samples: int
 ) -> Array:

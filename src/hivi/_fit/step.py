@@ -18,7 +18,7 @@ from hivi._estimators.surrogate import Estimated, surrogate
 from hivi._families.base import AbstractProposal
 from hivi._fit.parallel import shard_samples
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree, finite, select
+from hivi._tree import Key, PyTree, compiled, finite, select
 
 CHUNK = 100
 """Steps between two looks of the host: one compiled scan."""
@@ -147,7 +147,7 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
     return new, Info(value, spread)
 
 
-@eqx.filter_jit
+@compiled
 def run_chunk(state: State, target: Target, plan: Plan, last: Int[Array, ""]) -> tuple[State, Info]:
     """Up to `CHUNK` steps in one compiled loop; steps at or beyond `last` are not taken, and their info is NaN."""
     arrays, static = eqx.partition(state, eqx.is_array)

@@ -20,6 +20,7 @@ from hivi._target.base import Target
 from hivi._target.log_joint import traced_control_flow
 from hivi._target.replay import replay
 from hivi._target.statements import Reader, base_support
+from hivi._tree import compiled
 
 
 def from_numpyro(
@@ -188,9 +189,9 @@ def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
     factored = Factored(factored.program, consts, factored.overrides)
     _check_held(found, factored)
     if plates:
-        compiled = jax.jit(terms)
+        run = compiled(terms)
         axes = {label: slicing.plate_axes(term, plates) for label, term in found.reader.terms.items()}
-        checks.check_rows(lambda z, rows: compiled(z, source.data, rows), axes, sites, plates)
+        checks.check_rows(lambda z, rows: run(z, source.data, rows), axes, sites, plates)
     _check_masks(source, found, sites)
     constrainer = None
     if any(s.support is None and not s.discrete for s in sites):
@@ -314,5 +315,5 @@ def _check_masks(source: _Source, found: _Found, sites: Sequence[Site]) -> None:
         terms = source.read(data, z=z, masked=True).terms
         return {label: term.array for label, term in terms.items() if not term.latent}
 
-    compiled = jax.jit(evaluate)
-    checks.check_masks(lambda z: compiled(z, source.data), found.masks, sites)
+    run = compiled(evaluate)
+    checks.check_masks(lambda z: run(z, source.data), found.masks, sites)
