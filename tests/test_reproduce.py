@@ -200,13 +200,13 @@ def rows_of(report: Any, table: int = 0) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_bernoulli_at_full_length(tmp_path: Path) -> None:
-    """Mean-field loses 0.223 nats; the hierarchical family at most a hundredth of that, with a valid bound."""
+    """Mean-field loses 0.223 nats; the hierarchical family at most a twentieth of that, with valid bounds."""
     report = bernoulli.run(tmp_path)
     for number, p in enumerate((TWO, np.asarray(bernoulli.THREE))):
         rows = rows_of(report, number)
         for name, row in rows.items():
             assert np.sum(row["table"]) == pytest.approx(1.0, abs=1e-5)
-            assert -row["bound"].mean > row["kl"] - 5 * row["bound"].stderr, name
+            assert -row["bound"].mean >= row["kl"] - 5 * row["bound"].stderr, name
         assert rows["HVM, mixture of 2"]["kl"] < 0.002
         assert rows["HVM, flow L=2, K=8"]["kl"] < 0.25 * rows["mean-field"]["kl"]
         assert kl(np.asarray(rows["exact"]["table"]).reshape(p.shape), p) == 0.0

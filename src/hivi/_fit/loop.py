@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, LoadError, message
@@ -206,6 +207,11 @@ def _starting_draws(proposal: AbstractProposal, key: Key) -> Latents:
     return jax.vmap(lambda k: proposal.propose(k)[0])(jax.random.split(key, 16))
 
 
+@compiled
+def _terms(target: Target, draws: Latents) -> list[Array]:
+    return jax.vmap(target.terms)(draws)
+
+
 class _Run:
     """The host's side of one fit: state, history, stopping, recovery and checkpoints."""
 
@@ -305,14 +311,12 @@ class _Run:
 
     def _blame(self, state: State) -> str:
         """Name the factors that are not finite at draws from the last good state."""
-        draws = _starting_draws(state.proposal.gather(self.target.all_rows()), state.key)
-        terms = compiled(lambda t, d: jax.vmap(t.terms)(d))(self.target, draws)
-        bad = [f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))]
-        return (
-            f"not finite at draws from q: factors {sorted(set(bad))}"
-            if bad
-            else "all factors are finite at draws from q"
-        )
+        bad: set[str] = set()
+        for number in range(32):
+            key = jax.random.fold_in(state.key, number)
+            terms = _terms(self.target, _starting_draws(state.proposal.gather(self.target.all_rows()), key))
+            bad |= {f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))}
+        return f"not finite at draws from q: factors {sorted(bad)}" if bad else "all factors are finite at draws from q"
 
     def _checkpoint(self, finished: bool) -> None:
         if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):
