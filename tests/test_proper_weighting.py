@@ -284,7 +284,7 @@ def test_recentre_moves_a_prior(family):
 
 
 def test_compiled_weights_are_right():
-    """`compiled`, as in `fit.elbo`, of log q over a large batch, as in `fit.elbo`, gives what separate compilation gives."""
+    """`compiled` log q over a large batch, as in `fit.elbo`, gives what separate compilation gives."""
     model = TARGETS["normal"]()
     proposal = built("hvm planar", model, scale=0.0)
 
