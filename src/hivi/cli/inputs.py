@@ -122,9 +122,15 @@ def _read_csv(path: Path) -> Data:
         try:
             header = [name.strip() for name in next(reader, [])]
             _check_header(path, header)
+            blank = 0
             for row in reader:
-                if row:
-                    rows.append(_numbers(f"{path}, line {reader.line_num}", header, row))
+                if not row:
+                    blank = blank or reader.line_num
+                    continue
+                if blank:  # in a file of one column an empty line is a missing value, not nothing
+                    cure = "write a missing value as nan, or delete the line"
+                    raise LoadError(message(f"{path}, line {blank}", "an empty line", f"{len(header)} numbers", cure))
+                rows.append(_numbers(f"{path}, line {reader.line_num}", header, row))
         except (csv.Error, UnicodeDecodeError) as error:
             where = f"{path}, line {reader.line_num + 1}"
             raise LoadError(message(where, str(error), "comma-separated numbers in UTF-8", "write it as CSV")) from None
