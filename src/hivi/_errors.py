@@ -23,6 +23,10 @@ class LoadError(HiviError, ValueError):
     """A saved run cannot be read."""
 
 
+class CorpusError(HiviError, ValueError):
+    """A corpus cannot be read, or its counts are not counts."""
+
+
 def message(where: str, found: str, expected: str, cure: str) -> str:
     """Format the four parts of an error: where, found, expected, cure."""
     return f"{where}: found {found}; expected {expected}. Cure: {cure}"

@@ -1,0 +1,1 @@
+"""Topic models: corpora, the held-out protocol, and deep exponential families."""
