@@ -277,3 +277,18 @@ def test_peeling_keeps_totals(seed):
     found = factored.total(factored.terms(z))
     right = sum_of(fn, z)
     np.testing.assert_allclose(found, right, rtol=2e-5, atol=1e-4)
+
+
+def test_peeling_visits_a_shared_subexpression_once():
+    """Sixty doublings are 2^60 paths; terms stay in the order in which they are written."""
+
+    def fn(z: dict[str, Array]) -> dict[str, Array]:
+        x = jnp.sin(z["x"])
+        for _ in range(60):
+            x = x + 0.5 * x
+        return {"sum": jnp.cos(z["y"]) - x + (x + jnp.exp(z["y"])) * 2.0 + 3.0}
+
+    z = {"x": jnp.array([0.1, 0.2]), "y": jnp.array([0.3, 0.4])}
+    factored = factorise(fn, z)
+    assert [[site for site, _ in f.scope] for f in factored.factors] == [["y"], ["x"], ["y"], []]
+    np.testing.assert_allclose([f.weight for f in factored.factors], [1, 1.5**60, 2, 2], rtol=1e-9)

@@ -25,29 +25,53 @@ def peel(jaxpr: jex.Jaxpr) -> list[Term]:
     literals, and reshapings, all of which commute with the sum. Terms that depend on a single literal are
     kept, so that the totals are exact.
 
+    Every variable is visited once, users before operands, when its weight is complete: the time is linear in the
+    size of the program, however often a subexpression is used.
+
     Args:
         jaxpr: an inlined open jaxpr whose outputs are floating-point arrays.
 
     Returns:
-        The terms; a variable that several paths reach appears once for every output, its weights added.
+        The terms in the order in which they are reached, those of one literal last; a variable that several paths
+        reach appears once for every output, its weights added.
     """
-    producer = {v: e for e in jaxpr.eqns for v in e.outvars}
-    terms: dict[tuple[Any, int], float] = {}
+    producer = {v: (position, e) for position, e in enumerate(jaxpr.eqns) for v in e.outvars}
+    terms: list[Term] = []
     literals: list[Term] = []
     for number, out in enumerate(jaxpr.outvars):
-        stack = [(out, 1.0)]
-        while stack:
-            var, weight = stack.pop()
-            parts = None
-            if not isinstance(var, jex.Literal) and var in producer:
-                parts = _parts(producer[var], weight)
-            if parts is not None:
-                stack.extend(reversed(parts))
-            elif isinstance(var, jex.Literal):
-                literals.append(Term(var, weight, number))
-            else:
-                terms[var, number] = terms.get((var, number), 0.0) + weight
-    return [Term(var, w, number) for (var, number), w in terms.items()] + literals
+        if isinstance(out, jex.Literal):
+            literals.append(Term(out, 1.0, number))
+            continue
+        leaves, inner = _reach(out, producer)
+        weights = dict.fromkeys([*leaves, *inner], 0.0) | {out: 1.0}
+        for var in inner:
+            for operand, weight in _parts(producer[var][1], weights[var]) or ():
+                if isinstance(operand, jex.Literal):
+                    literals.append(Term(operand, weight, number))
+                else:
+                    weights[operand] += weight
+        terms += [Term(var, weights[var], number) for var in leaves]
+    return terms + literals
+
+
+def _reach(out: Any, producer: dict[Any, tuple[int, jex.JaxprEqn]]) -> tuple[list[Any], list[Any]]:
+    """The variables below `out` that are terms, as a depth-first walk meets them, and those that split, users first."""
+    leaves: list[Any] = []
+    inner: list[Any] = []
+    seen: set[Any] = set()
+    stack = [out]
+    while stack:
+        var = stack.pop()
+        if isinstance(var, jex.Literal) or var in seen:
+            continue
+        seen.add(var)
+        parts = _parts(producer[var][1], 1.0) if var in producer else None
+        if parts is None:
+            leaves.append(var)
+        else:
+            inner.append(var)
+            stack.extend(operand for operand, _ in reversed(parts))
+    return leaves, sorted(inner, key=lambda var: producer[var][0], reverse=True)
 
 
 def _parts(eqn: jex.JaxprEqn, weight: float) -> list[tuple[Any, float]] | None:
