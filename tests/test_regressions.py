@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ import pytest
 from numpyro.distributions import constraints
 
 import hivi
+from hivi._fit import store
 from hivi._fit.stopping import levelled
 from hivi._likelihood import BinomialLikelihood
 from hivi._target.base import distinct_rows
+from hivi._tree import compiled
 
 KEY = jax.random.key(0)
 QUICK = {"key": KEY, "steps": 50, "progress": False}
@@ -48,6 +51,27 @@ def test_log_prob_is_refused_where_the_support_moves() -> None:
     fit = hivi.fit(hivi.from_numpyro(model), hivi.MeanField(), **QUICK)
     with pytest.raises(hivi.TargetError, match="'b'"):
         fit.log_prob({"a": jnp.array(0.0), "b": jnp.array(0.5)}, key=KEY)
+
+
+def test_stored_programs_are_compiled_like_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options that keep off the compiler's known faults, for any number of draws."""
+    seen = []
+
+    def recorded(fn: Any) -> Any:
+        seen.append(fn)
+        return compiled(fn)
+
+    monkeypatch.setattr(store, "compiled", recorded)
+    example = {"x": jax.ShapeDtypeStruct((40,), jnp.float32)}
+    store.write_program(tmp_path, "sums", lambda z: {"sum": jnp.sum(jnp.exp(z["x"]))}, example)
+    program = store.read_program(tmp_path, "sums")
+    assert program is not None
+    assert len(seen) == 1
+    for count in (1, 20_000):
+        draws = jax.random.normal(KEY, (count, 40))
+        right = np.exp(np.asarray(draws, float)).sum(-1)
+        np.testing.assert_allclose(program({"x": draws})["sum"], right, rtol=1e-5)
+    assert store.read_program(tmp_path, "nothing") is None
 
 
 def normal_mean(x: jax.Array) -> None:

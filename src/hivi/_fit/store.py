@@ -31,7 +31,7 @@ from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._space import Plate, Site, Values
-from hivi._tree import PyTree
+from hivi._tree import PyTree, compiled
 
 KNOWN: dict[str, type] = {
     c.__name__: c
@@ -186,7 +186,10 @@ def read(folder: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]
 
 
 def write_program(folder: Path, name: str, fn: Callable[..., Any], example: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Store `vmap(fn)` of one dict as StableHLO, for any number of draws."""
+    """Store `vmap(fn)` of one dict as StableHLO, for any number of draws.
+
+    The plain `jax.jit` only lowers here: options of the compiler count where the program is compiled, by its reader.
+    """
     (count,) = jax.export.symbolic_shape("n")
     batched = {k: jax.ShapeDtypeStruct((count, *v.shape), v.dtype) for k, v in example.items()}
     exported = jax.export.export(jax.jit(jax.vmap(fn)), platforms=("cpu", "cuda"))(batched)
@@ -194,9 +197,16 @@ def write_program(folder: Path, name: str, fn: Callable[..., Any], example: Mapp
 
 
 def read_program(folder: Path, name: str) -> Callable[[Any], Any] | None:
-    """The stored program, or None where there is none."""
+    """The stored program, compiled like everything else (`compiled`), or None where there is none."""
     path = folder / f"{name}.stablehlo"
-    return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call) if path.exists() else None
+    if not path.exists():
+        return None
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+
+    def program(draws: Any) -> Any:
+        return exported.call(draws)
+
+    return compiled(program)
 
 
 def fingerprint(*things: Any) -> str:
