@@ -181,3 +181,32 @@ def test_unknown_sites_of_an_estimator_are_refused() -> None:
         hivi.fit(target, hivi.MeanField(), estimator={"typo": hivi.Score()}, **QUICK)
     named = hivi.fit(target, hivi.MeanField(), estimator={"z": hivi.Score()}, **QUICK)
     assert named.strategies == {"z": "Score"}
+
+
+def test_explain_says_what_coordinates_are_and_keeps_columns() -> None:
+    long = "a_name_longer_than_its_column"
+    latents = {
+        "u": hivi.Latent(),
+        long: hivi.Latent((3,), constraints.unit_interval, {"item": 0}),
+        "s": hivi.Latent((3,), constraints.simplex),
+        "i": hivi.Latent((), constraints.interval(-1.0, 2.5)),
+        "k": hivi.Latent((), constraints.boolean),
+    }
+    target = hivi.from_log_joint(lambda z: z["k"] * sum(jnp.sum(v) for v in z.values()), latents=latents)
+    text = hivi.explain(target)
+    sites, factors = (block.splitlines()[1:] for block in text.split("\n\n")[1:3])
+    found = {line.split()[0]: line for line in sites}
+    assert "real  " in found["u"]
+    assert "unconstrained" not in found["u"]
+    assert "real, unconstrained from unit_interval " in found[long]
+    assert "shape (2,)" in found["s"]
+    assert "real, unconstrained from simplex of shape (3,)" in found["s"]
+    assert "real, unconstrained from interval(-1.0, 2.5)" in found["i"]
+    assert "finite" in found["k"]
+    assert "item (axis 0)" in found[long]
+    assert len({line.index("shape") for line in [*sites]}) == 1
+    assert len({line.index("touches") for line in factors}) == 1
+    (row,) = [line for line in factors if line.split()[0] == f"jacobian({long})"]  # -softplus(x) - softplus(-x)
+    assert row.endswith("(2 alike)")
+    moving = hivi.from_numpyro(lambda: numpyro.sample("b", dist.Uniform(0.0, numpyro.sample("a", dist.Gamma(2.0)))))
+    assert "unconstrained from a support that depends on latents" in hivi.explain(moving)

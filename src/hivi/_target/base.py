@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,6 +16,7 @@ from hivi._errors import TargetError, message
 from hivi._factored import Factored
 from hivi._space import Latents, Plate, Site, constrain
 from hivi._tree import Key, PyTree
+from hivi._locality.base import Factor
 
 Rows = dict[str, Array]
 """Row numbers of a minibatch: subsampled plate -> integer array of its batch size."""
@@ -157,7 +160,9 @@ def explain(target: Target) -> str:
         target: any target.
 
     Returns:
-        A table as text. A scope like `z[i, *]` says: element i of the factor touches row i, and any column.
+        A table as text. A scope like `z[i, *]` says: element i of the factor touches row i, and any column. A site that
+        is "real, unconstrained from positive" has the logarithm of the model's positive value as its coordinate, and
+        its shape is that of the coordinates. Factors that would read the same are one row, with their number.
 
     Example:
         >>> import hivi
@@ -171,14 +176,10 @@ def explain(target: Target) -> str:
         "",
         "sites",
     ]
-    for s in target.sites:
-        plates = ", ".join(f"{name} (axis {axis})" for name, axis in s.plates) or "-"
-        local = "" if s.local is None else f"  minibatches of {s.local[0].batch} of {s.local[0].size}"
-        lines.append(f"  {s.name:<16} shape {s.shape!s:<14} {s.values.kind:<9} plates {plates}{local}")
+    lines += _table([_site_row(s) for s in target.sites])
     lines += ["", "factors"]
-    for f in target.factored.factors:
-        scope = ", ".join(_maps(name, maps) for name, maps in f.scope) or "(no latent)"
-        lines.append(f"  {f.name:<16} shape {f.shape!s:<14} weight {f.weight:<9.4g} touches {scope}")
+    rows = Counter(_factor_row(f) for f in target.factored.factors)
+    lines += _table([(*row, "" if same == 1 else f"({same} alike)") for row, same in rows.items()])
     losses = sorted({(x.site, x.primitive, x.reason) for x in target.factored.program.losses})
     lines += ["", "locality lost" if losses else "locality lost: nowhere"]
     lines += [f"  {site}: {primitive}: {reason}" for site, primitive, reason in losses]
@@ -200,3 +201,36 @@ def _entry(entry: Any) -> str:
     letter = "ijklmnop"[entry.axis]
     stride = "" if entry.stride == 1 else f"{entry.stride}"
     return f"{stride}{letter}{entry.offset:+d}" if entry.offset else f"{stride}{letter}"
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, with columns as wide as their longest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _site_row(s: Site) -> tuple[str, ...]:
+    plates = ", ".join(f"{name} (axis {axis})" for name, axis in s.plates) or "-"
+    local = "" if s.local is None else f"minibatches of {s.local[0].batch} of {s.local[0].size}"
+    kind = s.values.kind if s.discrete else _coordinates(s)
+    return s.name, f"shape {s.shape}", kind, f"plates {plates}", local
+
+
+def _factor_row(f: Factor) -> tuple[str, ...]:
+    scope = ", ".join(_maps(name, maps) for name, maps in f.scope) or "(no latent)"
+    return f.name, f"shape {f.shape}", f"weight {f.weight:.4g}", f"touches {scope}"
+
+
+def _coordinates(s: Site) -> str:
+    """What a continuous site's coordinates are: real values, or unconstrained ones of another support."""
+    support: Any = s.support
+    if support is None:
+        return "real, unconstrained from a support that depends on latents or arrays"
+    while hasattr(support, "base_constraint"):  # NumPyro's own class: `to_event` hides the support inside
+        support = support.base_constraint
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(support).__name__.lstrip("_")).lower()
+    if name == "real":
+        return "real"
+    bounds = [str(b) if jnp.ndim(b) == 0 else f"array {jnp.shape(b)}" for b in jax.tree.leaves(support)]
+    shape = "" if s.shape == s.constrained_shape else f" of shape {s.constrained_shape}"
+    return f"real, unconstrained from {name}" + (f"({', '.join(bounds)})" if bounds else "") + shape
+
+
