@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import hivi
+from hivi._fit.progress import Bar, plain_lines
 from hivi.cli import fit as fit_command
 from hivi.cli.inputs import read_data
 from hivi.cli.main import app
@@ -138,6 +140,32 @@ def test_hivi_chooses_and_says_which(folder: Path) -> None:
     result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", *words)
     assert result.exit_code == 3, result.output
     assert "family: FullRank() (chosen by hivi" in result.stdout
+
+
+def test_a_fit_without_terminal_prints_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line; a fit of the library stays silent there."""
+    monkeypatch.setattr(fit_command, "plain_lines", lambda: plain_lines(every=0.0))
+    words = ("--family", "mean-field", "--steps", 200, "--draws", 10, "--out", folder / "lines", "--json")
+    result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", *words)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("MeanField: step ")]
+    assert len(lines) == 2
+    assert re.fullmatch(r"MeanField: step 100 of at most 200 \(50%\), bound -?\d+\.\d+ ± .*, \d+ steps/s", lines[0])
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_a_bar_prints_where_it_should(capsys: pytest.CaptureFixture[str]) -> None:
+    def show(shown: bool) -> str:
+        with Bar(10, "fit", shown) as bar:
+            bar.update(5, np.arange(5.0), 3.0)
+        return capsys.readouterr().err
+
+    assert show(True) == ""
+    with plain_lines(every=0.0):
+        assert show(True) == "fit: step 5 of at most 10 (50%), bound 2.0000 ± 0.7071, 3 steps/s\n"
+        assert show(False) == ""
+    with plain_lines(every=1000.0):
+        assert show(True) == ""
+    assert show(True) == ""
 
 
 def test_every_scalar_is_summarised() -> None:

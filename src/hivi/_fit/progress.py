@@ -1,19 +1,42 @@
-"""The progress bar of a fit: bound with its standard error, and the rate, on standard error."""
+"""The progress of a fit on standard error: a bar on a terminal; where there is none, lines if they are asked for."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import TracebackType
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_EVERY: ContextVar[float | None] = ContextVar("seconds between two lines", default=None)
+
+
+@contextlib.contextmanager
+def plain_lines(every: float = 10.0) -> Iterator[None]:
+    """Within this, fits that show their progress print a line every so many seconds where there is no terminal.
+
+    Commands ask for it, since a log file should tell a long run from a stuck one; a library stays silent there.
+    """
+    token = _EVERY.set(every)
+    try:
+        yield
+    finally:
+        _EVERY.reset(token)
+
 
 class Bar:
-    """A context manager that shows how a fit goes; silent when `shown` is false or there is no terminal."""
+    """A context manager that shows how a fit goes; silent when `shown` is false, or without terminal and `plain_lines`."""
 
     def __init__(self, steps: int, label: str, shown: bool):
         console = Console(stderr=True)
+        self._steps, self._label = steps, label
+        self._every = _EVERY.get() if shown and not console.is_terminal else None
+        self._printed = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -42,3 +65,8 @@ class Bar:
         if len(values) > 1:
             text = f"bound {np.mean(values):.4f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.4f}"
         self._progress.update(self._task, completed=done, bound=text, rate=f"{per_second:.0f} steps/s")
+        if self._every is not None and time.monotonic() - self._printed >= self._every:
+            self._printed = time.monotonic()
+            share = f"{done / self._steps:.0%}"
+            line = f"{self._label}: step {done} of at most {self._steps} ({share}), {text}, {per_second:.0f} steps/s"
+            print(line, file=sys.stderr, flush=True)

@@ -18,6 +18,7 @@ from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._fit.loop import default_family
 from hivi._fit.loop import fit as run_fit
+from hivi._fit.progress import plain_lines
 from hivi._fit.result import Estimate, Fit
 from hivi._target.base import Target
 from hivi._target.base import explain as explain_target
@@ -86,7 +87,8 @@ def fit(
 
     Writes to RUN: the fit (`hivi.load("RUN")` reads it), `history.csv` (the bound by step), `summary.csv` (mean,
     standard deviation, 5, 50 and 95 % of every scalar latent), `draws.npz`, and `posterior.nc` (for
-    `arviz.from_netcdf`). Files of an earlier run there are overwritten.
+    `arviz.from_netcdf`). Files of an earlier run there are overwritten. Progress goes to standard error: a bar on a
+    terminal, elsewhere a line every ten seconds.
 
     Example: `hivi fit model.py:model --data data.csv --family hierarchical --subsample data=256 --out runs/first`
     """
@@ -95,7 +97,8 @@ def fit(
         chosen = default_family(target) if family is None else FAMILIES[family]
         console(to_stderr=json).print(_choice(chosen, family), markup=False)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
-        done = run_fit(target, chosen, key=k1, steps=steps, samples=samples, checkpoint=out if checkpoint else None)
+        with plain_lines():
+            done = run_fit(target, chosen, key=k1, steps=steps, samples=samples, checkpoint=out if checkpoint else None)
         bound = done.elbo(k2)
         rows = outputs.write_run(out, done, k3, draws)
         _show(done, bound, rows, out, json)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hivi._fit.progress import plain_lines
 from hivi.cli.common import CODES, Json, Seed, console, failures, print_json, show_table
 from hivi.reproduce import ard as ard_experiment
 from hivi.reproduce import bernoulli as bernoulli_experiment
@@ -33,7 +34,7 @@ def bernoulli(out: Out = Path("runs/bernoulli"), steps: Steps = 10_000, seed: Se
 
     Example: `hivi reproduce bernoulli --out runs/bernoulli`
     """
-    with failures():
+    with failures(), plain_lines():
         _show(bernoulli_experiment.run(out, seed=seed, steps=steps, progress=True), json)
 
 
@@ -48,7 +49,7 @@ def mixture_poisson(
 
     Example: `hivi reproduce mixture-poisson --json`
     """
-    with failures():
+    with failures(), plain_lines():
         _show(mixture_poisson_experiment.run(out, seed=seed, steps=steps, progress=True), json)
 
 
@@ -67,7 +68,7 @@ def ard(
 
     Example: `hivi reproduce ard --draws 1000`
     """
-    with failures():
+    with failures(), plain_lines():
         _show(ard_experiment.run(out, seed=seed, steps=steps, draws=draws, progress=True), json)
 
 
