@@ -209,12 +209,17 @@ def test_explain(folder: Path) -> None:
         ("e.csv", "x,y\n", ["line 2", "no rows"]),
         ("f.csv", "", ["line 1", "a header"]),
         ("g.csv", b"x,y\n1,\xff\n", ["UTF-8"]),
-        ("a.json", '{"x": [1, 2],\n "y": [1, 2}', ["line 2", "JSON"]),
+        ("h.csv", "x,y\n1,2\n\n3,4\n", ["line 3", "an empty line", "expected 2 numbers"]),
+        ("i.csv", "x\n1\n\n\n3\n", ["line 3", "an empty line", "nan"]),
+        (
+            "a.json",
+            '{"x": [1, 2],\n "y": [1, 2}',
+            ["line 2, column 12", "found malformed JSON (expecting ',' delimiter)"],
+        ),
         ("b.json", "[1, 2]", ["a JSON list", "an object"]),
         ("c.json", '{"x": [[1, 2], [3]], "y": 1}', ["'x'", "ragged"]),
         ("d.json", '{"x": "one", "y": 1}', ["'x'", "'one'"]),
         ("a.npz", "not an archive", ["a.npz", "NPZ"]),
-        ("a.txt", "1 2 3", ["'.txt'", ".npz, .csv, .json"]),
         ("unknown.csv", "x,z\n1,2\n", ["'z'", "does not take", "['x', 'y', 'noise']"]),
         ("missing.csv", "y\n1\n", ["no data for ['x']"]),
     ],
@@ -229,6 +234,11 @@ def test_malformed_data_are_refused(folder: Path, name: str, content: str | byte
     for piece in expected:
         assert piece in result.stderr
     assert not (folder / "none").exists()
+
+
+def test_empty_lines_at_the_end_of_a_csv_file_are_nothing(folder: Path) -> None:
+    (folder / "end.csv").write_text("a,b\n1,2\n3,4\n\n\n")
+    assert read_data(folder / "end.csv")["b"].tolist() == [2, 4]
 
 
 def test_integers_stay_integers(folder: Path) -> None:
@@ -247,10 +257,13 @@ def test_integers_stay_integers(folder: Path) -> None:
         (["fit", "nowhere.py:model"], 2, "no file"),
         (["fit", "MODEL:line", "--data", "nowhere.csv"], 2, "nowhere.csv"),
         (["fit", "MODEL:line", "--data", "DATA", "--subsample", "data"], 2, "PLATE=B"),
-        (["fit", "MODEL:line", "--family", "round"], 2, "mean-field"),
+        (["fit", "MODEL:line", "--data", "DATA", "--subsample", "rows=5"], 2, "expected one of ['data']"),
+        (["fit", "MODEL:line", "--data", "DATA", "--subsample", "data=500"], 2, "from 1 to 20"),
+        (["fit", "MODEL:line", "--data", "MODEL"], 2, "none of .npz, .csv and .json"),
+        (["fit", "MODEL:line", "--family", "round"], 2, "'--family': 'round' is not one of mean-field, full-rank"),
         (["fit", "MODEL:line", "--steps", "0"], 2, "steps"),
-        (["fit", "MODEL:lines"], 1, "['line', 'counts']"),
-        (["fit", "MODEL:number"], 1, "a int"),
+        (["fit", "MODEL:lines"], 2, "['line', 'counts']"),
+        (["fit", "MODEL:number"], 2, "'number' is a value, not a function"),
         (["fit", "BROKEN:model"], 1, "SyntaxError"),
         (["explain", "MODEL:line"], 1, "no data for ['x']"),
         (["reproduce", "everything"], 2, "everything"),
@@ -263,6 +276,7 @@ def test_wrong_usage_and_wrong_models(folder: Path, words: list[str], code: int,
         words = [w.replace(name, str(place)) if w.isupper() or w.startswith(f"{name}:") else w for w in words]
     result = hivi_command(*words)
     assert result.exit_code == code, result.output
+    assert "Value error" not in result.stderr
     assert expected in " ".join(result.stderr.replace("│", " ").split())
     assert "Traceback" not in result.output
 

@@ -16,7 +16,8 @@ from hivi._errors import HiviError
 
 FAILED = 1
 NOT_CONVERGED = 3
-CODES = """Exit codes: 0 done; 1 hivi refused or failed, and says why on standard error; 2 wrong usage; 3 a fit that
+CODES = """Exit codes: 0 done; 1 hivi refused or failed, and says why on standard error; 2 wrong usage (an option, or a
+file, function or plate that is not there); 3 a fit that
 ended before its bound had levelled off; 130 interrupted (Ctrl-C)."""
 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of all randomness: the same seed gives the same numbers.")]

@@ -9,6 +9,7 @@ from typing import Annotated
 import jax
 import typer
 
+from hivi._errors import TargetError
 from hivi._estimators.auto import Auto
 from hivi._families.base import AbstractFamily
 from hivi._families.flow import Flow
@@ -60,7 +61,22 @@ Subsample = Annotated[
     list[str] | None,
     typer.Option("--subsample", metavar="PLATE=B", help="Minibatches of B rows of a plate. Repeatable."),
 ]
-FamilyName = Annotated[Family | None, typer.Option("--family", help="The variational family; by default hivi chooses.")]
+
+
+def _family(name: str) -> Family:
+    """The family of that name; Typer's own message for an enumeration begins with "Value error"."""
+    if name not in set(Family):
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(Family)}", param_hint="'--family'")
+    return Family(name)
+
+
+FamilyName = Annotated[
+    Family | None,
+    typer.Option(
+        "--family", parser=_family, metavar=f"[{'|'.join(Family)}]", autocompletion=lambda: list(Family),
+        help="The variational family; by default hivi chooses.",
+    ),
+]  # fmt: skip
 Steps = Annotated[int, typer.Option("--steps", min=1, help="The most gradient steps; a fit may end earlier.")]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Monte Carlo samples per step.")]
 Out = Annotated[Path, typer.Option("--out", file_okay=False, metavar="RUN", help="Folder to write to.")]
@@ -133,9 +149,15 @@ def explain(
 
 
 def _target(model: str, data: Path | None, subsample: list[str] | None) -> Target:
+    plates = _plates(subsample or [])
     function = inputs.load_model(model)
     bound = inputs.bind(function, {} if data is None else inputs.read_data(data))
-    return from_numpyro(function, *bound.args, subsample=_plates(subsample or []), **bound.kwargs)
+    try:
+        return from_numpyro(function, *bound.args, subsample=plates, **bound.kwargs)
+    except TargetError as error:
+        if str(error).startswith("subsample:"):  # what was typed: an unknown plate, or a batch larger than it
+            raise typer.BadParameter(str(error).removeprefix("subsample: "), param_hint="'--subsample'") from None
+        raise
 
 
 def _plates(options: list[str]) -> dict[str, int]:
@@ -143,7 +165,7 @@ def _plates(options: list[str]) -> dict[str, int]:
     for option in options:
         name, equals, size = option.rpartition("=")
         if not equals or not size.isdecimal() or int(size) < 1:
-            raise typer.BadParameter(f"{option!r} is not PLATE=B, such as data=256", param_hint="--subsample")
+            raise typer.BadParameter(f"{option!r} is not PLATE=B, such as data=256", param_hint="'--subsample'")
         plates[name] = int(size)
     return plates
 

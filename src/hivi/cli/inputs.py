@@ -25,8 +25,8 @@ def load_model(spec: str) -> Callable[..., Any]:
     """Import MODEL from `FILE.py:MODEL`; the file's folder is importable meanwhile, as for a script.
 
     Raises:
-        typer.BadParameter: not of that form, or no such file.
-        TargetError: the file does not run, or has no such function.
+        typer.BadParameter: not of that form, no such file, or no such function in it.
+        TargetError: the file does not run.
     """
     name, colon, attribute = spec.rpartition(":")
     if not colon or not name or not attribute.isidentifier():
@@ -51,10 +51,8 @@ def load_model(spec: str) -> Callable[..., Any]:
     model = getattr(module, attribute, None)
     if not callable(model):
         own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-        found = f"no function {attribute!r}" if model is None else f"{attribute!r}, a {type(model).__name__}"
-        raise TargetError(
-            message(name, found, f"a NumPyro model; the file defines {own}", "correct the name after the colon")
-        )
+        found = f"there is no {attribute!r}" if model is None else f"{attribute!r} is a value, not a function,"
+        raise typer.BadParameter(f"{found} in {name!r}, which defines {own}")
     return model
 
 
@@ -65,12 +63,13 @@ def read_data(path: Path) -> Data:
     `.json`: an object of numbers and (nested) lists of numbers.
 
     Raises:
+        typer.BadParameter: another ending.
         LoadError: naming the file, the line where there is one, and what was expected there.
     """
     readers = {".npz": _read_npz, ".csv": _read_csv, ".json": _read_json}
     if path.suffix.lower() not in readers:
-        cure = "convert the data, for example with numpy.savez"
-        raise LoadError(message(str(path), f"the ending {path.suffix!r}", "one of .npz, .csv, .json", cure))
+        text = f"{str(path)!r} ends in none of .npz, .csv and .json; convert it, for example with numpy.savez"
+        raise typer.BadParameter(text, param_hint="'--data'")
     return readers[path.suffix.lower()](path)
 
 
@@ -167,7 +166,9 @@ def _read_json(path: Path) -> Data:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}, column {error.colno}"
-        raise LoadError(message(where, error.msg, "JSON", "correct the file there")) from None
+        what = f"malformed JSON ({error.msg[:1].lower()}{error.msg[1:]})"
+        expected = "an object of numbers and lists"
+        raise LoadError(message(where, what, expected, "correct the file there")) from None
     except UnicodeDecodeError as error:
         raise LoadError(message(str(path), str(error), "JSON in UTF-8", "write it again as UTF-8")) from None
     if not isinstance(raw, dict):
