@@ -210,6 +210,40 @@ def test_log_rates_are_capped():
     np.testing.assert_allclose(kind.rate(lam), np.exp(MAX_LOG_RATE), rtol=1e-5)
 
 
+@pytest.mark.parametrize("lam", [20.0, 21.0, 30.0, 100.0])
+def test_beyond_the_cap_values_and_gradients_are_those_at_the_cap(lam):
+    """So that a log rate that strayed there comes back; the score is the derivative there, too."""
+    kind = likelihood(Site("z", (), SITES["count"], ()))
+    z = jnp.array([3, 400_000_000], jnp.int32)
+
+    def everything(log_rate: Array) -> Array:
+        wide = jnp.broadcast_to(log_rate, (2, 1))
+        return jnp.stack([kind.log_prob(wide, z), kind.rate(wide), kind.move_weights(wide, z)[0]])
+
+    beyond, cap = jnp.array(lam), jnp.array(MAX_LOG_RATE)
+    np.testing.assert_array_equal(everything(beyond), everything(cap))
+    slope = jax.jacrev(everything)(beyond)
+    np.testing.assert_array_equal(slope, jax.jacrev(everything)(cap))
+    np.testing.assert_allclose(slope[0], kind.score(jnp.full((2, 1), lam), z)[:, 0], rtol=1e-6)
+    assert slope[0, 0] < -1e8  # a small count pulls the rate down
+
+
+def test_a_log_rate_comes_back_from_beyond_the_cap():
+    """E[-|z - 7|] is largest where the median is 7."""
+    kind = likelihood(Site("z", (), SITES["count"], ()))
+
+    def bound(lam: Array, key: Array) -> Array:
+        z = kind.sample(jax.lax.stop_gradient(lam), key)
+        change = jnp.abs(z - 7) - jnp.abs(kind.moves(z)[0] - 7)
+        return jnp.sum(kind.move_weights(lam, z)[0] * change)
+
+    lam = jnp.full((64, 1), 24.0)
+    slope = jax.jit(jax.grad(bound))
+    for key in jax.random.split(jax.random.key(0), 300):
+        lam = lam + 0.1 * jnp.sign(slope(lam, key))
+    assert float(lam.mean()) == pytest.approx(np.log(6.67), abs=0.1)
+
+
 @pytest.mark.parametrize("name", SITES)
 def test_features_start_with_one_and_are_finite(name):
     s = setting(name)

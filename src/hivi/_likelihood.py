@@ -126,7 +126,12 @@ class FiniteLikelihood(AbstractLikelihood):
 
 
 class PoissonLikelihood(AbstractLikelihood):
-    """Independent low + Poisson(exp(lambda)) variables."""
+    """Independent low + Poisson(exp(lambda)) variables, with the log rate capped at `MAX_LOG_RATE`.
+    A lambda beyond the cap has the values *and the gradient* of one at the cap (straight-through: the derivative of the
+    capped log rate is 1 everywhere). The true derivative there is 0, and a lambda that strayed would never come back.
+    So the score stays z - rate, with mean zero, and the moves keep the weight whose gradient they need: a bound that
+    falls at the cap pulls lambda back as fast as there.
+    """
 
     low: int = eqx.field(static=True)
     reparameterised: ClassVar[bool] = False
@@ -136,8 +141,8 @@ class PoissonLikelihood(AbstractLikelihood):
         return 1
 
     def rate(self, lam: Array) -> Array:
-        """exp(lambda), with the log rate capped at `MAX_LOG_RATE`."""
-        return jnp.exp(jnp.minimum(lam[..., 0], MAX_LOG_RATE))
+        """The rate, exp of `log_rate`."""
+        return jnp.exp(self.log_rate(lam))
 
     def start(self, shape: tuple[int, ...], key: Key) -> Array:
         return 0.01 * jax.random.normal(key, (*shape, 1))
@@ -147,7 +152,11 @@ class PoissonLikelihood(AbstractLikelihood):
 
     def log_prob(self, lam: Array, z: Array) -> Array:
         count = z - self.low
-        return count * jnp.minimum(lam[..., 0], MAX_LOG_RATE) - self.rate(lam) - gammaln(count + 1.0)
+        return count * self.log_rate(lam) - self.rate(lam) - gammaln(count + 1.0)
+    def log_rate(self, lam: Array) -> Array:
+        """The capped log rate, with derivative 1 beyond the cap, too."""
+        free = lam[..., 0]
+        return jnp.where(free > MAX_LOG_RATE, MAX_LOG_RATE + value_zero(free), free)
 
     def moves(self, z: Array) -> Array:
         return (z + 1)[None]
