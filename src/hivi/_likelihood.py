@@ -127,6 +127,7 @@ class FiniteLikelihood(AbstractLikelihood):
 
 class PoissonLikelihood(AbstractLikelihood):
     """Independent low + Poisson(exp(lambda)) variables, with the log rate capped at `MAX_LOG_RATE`.
+
     A lambda beyond the cap has the values *and the gradient* of one at the cap (straight-through: the derivative of the
     capped log rate is 1 everywhere). The true derivative there is 0, and a lambda that strayed would never come back.
     So the score stays z - rate, with mean zero, and the moves keep the weight whose gradient they need: a bound that
@@ -139,6 +140,11 @@ class PoissonLikelihood(AbstractLikelihood):
     @property
     def width(self) -> int:
         return 1
+
+    def log_rate(self, lam: Array) -> Array:
+        """The capped log rate, with derivative 1 beyond the cap, too."""
+        free = lam[..., 0]
+        return jnp.where(free > MAX_LOG_RATE, MAX_LOG_RATE + value_zero(free), free)
 
     def rate(self, lam: Array) -> Array:
         """The rate, exp of `log_rate`."""
@@ -153,10 +159,6 @@ class PoissonLikelihood(AbstractLikelihood):
     def log_prob(self, lam: Array, z: Array) -> Array:
         count = z - self.low
         return count * self.log_rate(lam) - self.rate(lam) - gammaln(count + 1.0)
-    def log_rate(self, lam: Array) -> Array:
-        """The capped log rate, with derivative 1 beyond the cap, too."""
-        free = lam[..., 0]
-        return jnp.where(free > MAX_LOG_RATE, MAX_LOG_RATE + value_zero(free), free)
 
     def moves(self, z: Array) -> Array:
         return (z + 1)[None]

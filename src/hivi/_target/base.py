@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from hivi._errors import TargetError, message
 from hivi._factored import Factored
+from hivi._locality.base import Factor
 from hivi._space import Latents, Plate, Site, constrain
 from hivi._tree import Key, PyTree
-from hivi._locality.base import Factor
 
 Rows = dict[str, Array]
 """Row numbers of a minibatch: subsampled plate -> integer array of its batch size."""
@@ -201,6 +201,8 @@ def _entry(entry: Any) -> str:
     letter = "ijklmnop"[entry.axis]
     stride = "" if entry.stride == 1 else f"{entry.stride}"
     return f"{stride}{letter}{entry.offset:+d}" if entry.offset else f"{stride}{letter}"
+
+
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as lines, with columns as wide as their longest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -232,5 +234,3 @@ def _coordinates(s: Site) -> str:
     bounds = [str(b) if jnp.ndim(b) == 0 else f"array {jnp.shape(b)}" for b in jax.tree.leaves(support)]
     shape = "" if s.shape == s.constrained_shape else f" of shape {s.constrained_shape}"
     return f"real, unconstrained from {name}" + (f"({', '.join(bounds)})" if bounds else "") + shape
-
-
