@@ -23,7 +23,7 @@ from jaxtyping import Array
 from hivi import _jaxprs
 from hivi._errors import TargetError, message
 from hivi._locality.axes import scopes
-from hivi._locality.base import Factor, Loss
+from hivi._locality.base import Factor, Loss, Maps
 from hivi._locality.colour import colours
 from hivi._locality.peel import peel
 from hivi._locality.place import place
@@ -113,7 +113,9 @@ class Factored(eqx.Module):
                 out = out + factor.weight * place(array, factor, site, shape)
         return out
 
-    def differences(self, site: str, moved: Array, z: Latents, *rest: PyTree) -> Array:
+    def differences(
+        self, site: str, moved: Array, z: Latents, *rest: PyTree, among: frozenset[str] | None = None
+    ) -> Array:
         """Change of the log-density when one coordinate moves, for every coordinate at once.
 
         Coordinates that share no factor element move together, so the number of evaluations is the number
@@ -125,14 +127,16 @@ class Factored(eqx.Module):
             moved: its new values, shape (moves, *site shape): move m takes coordinate i to `moved[m, i]`.
             z: the current latents.
             *rest: the other arguments.
+            among: names of the terms that count; None for all.
 
         Returns:
             Array (moves, *site shape): `f(z with z_i = moved[m, i]) - f(z)`.
         """
+        wanted = {f.name for f in self.factors} if among is None else among
         closed = {name: rule for name, owner, rule in self.overrides if owner == site}
-        keep = [k for k in self.program.touching(site) if self.factors[k].name not in closed]
+        keep = [k for k in self.program.touching(site) if self.factors[k].name in wanted - closed.keys()]
         out = jnp.zeros(moved.shape)
-        for rule in closed.values():
+        for rule in (rule for name, rule in closed.items() if name in wanted):
             out = out + jax.vmap(lambda value, rule=rule: rule(z, value, *rest))(moved)
         if not keep or moved.size == 0:
             return out
@@ -189,6 +193,7 @@ def factorise(
     *rest: PyTree,
     scales: Mapping[str, float] | None = None,
     overrides: Mapping[tuple[str, str], Difference] | None = None,
+    declared: Mapping[str, Mapping[str, Maps]] | None = None,
 ) -> Factored:
     """Trace `fn(z, *rest)` once and split it into local factors.
 
@@ -198,6 +203,8 @@ def factorise(
         *rest: example values of the other arguments (data, minibatch indices, parameters).
         scales: term name -> number that multiplies it (the plate scale N/B times any user scale).
         overrides: (term name, site) -> closed form of the change of the whole (scaled) term.
+        declared: term name -> site -> maps, for terms whose code (sparse kernels) hides its locality from the analysis; its
+            author answers for them.
 
     Raises:
         TargetError: a term is not a real number.
@@ -218,6 +225,7 @@ def factorise(
     seeds = [None] * len(consts) + list(sites) + [None] * len(leaves)
     found, losses = scopes(jaxpr, seeds)
     scales = scales or {}
+    found = [(declared or {}).get(names[t.output], scope) for t, scope in zip(parts, found, strict=True)]
     factors = tuple(
         Factor(
             name=names[t.output],

@@ -20,6 +20,8 @@ from numpyro.distributions import Binomial, CategoricalLogits, Normal
 from hivi._space import Site, Values
 from hivi._tree import Key, value_zero
 
+TINY = 1e-30
+PART, TERMS, MANY = 30.0, 120, 1024
 MAX_LOG_RATE = 20.0
 """Log rates are used up to e^20: beyond that an int32 draw and a float32 count lose their last digits."""
 
@@ -37,6 +39,10 @@ class AbstractLikelihood(eqx.Module):
     @abc.abstractmethod
     def start(self, shape: tuple[int, ...], key: Key) -> Float[Array, "*shape width"]:
         """Initial parameters, near the centre of the support."""
+
+    def near(self, lam: Float[Array, "*shape width"], mean: Array) -> Float[Array, "*shape width"]:
+        """Parameters moved to a mean (broadcast to the site); as they are where the kind has no such start."""
+        return lam
 
     @abc.abstractmethod
     def sample(self, lam: Float[Array, "*shape width"], key: Key) -> Array:
@@ -109,6 +115,12 @@ class FiniteLikelihood(AbstractLikelihood):
     def move_weights(self, lam: Array, z: Array) -> Array:
         return jnp.exp(jax.vmap(lambda value: self.log_prob(lam, value))(self.moves(z)))
 
+    def near(self, lam: Array, mean: Array) -> Array:
+        if self.width > 1:
+            return lam
+        share = jnp.clip(mean - self.low, 1e-3, 1 - 1e-3)
+        return lam + (jnp.log(share) - jnp.log1p(-share))[..., None]
+
     def score(self, lam: Array, z: Array) -> Array:
         if self.width == 1:
             return (z - self.low)[..., None] - jax.nn.sigmoid(lam)
@@ -154,11 +166,14 @@ class PoissonLikelihood(AbstractLikelihood):
         return 0.01 * jax.random.normal(key, (*shape, 1))
 
     def sample(self, lam: Array, key: Key) -> Array:
-        return jax.random.poisson(key, self.rate(lam), dtype=jnp.int32) + self.low
+        return poisson(key, self.rate(lam)) + self.low
 
     def log_prob(self, lam: Array, z: Array) -> Array:
         count = z - self.low
         return count * self.log_rate(lam) - self.rate(lam) - gammaln(count + 1.0)
+
+    def near(self, lam: Array, mean: Array) -> Array:
+        return lam + jnp.log(jnp.maximum(mean - self.low, 1e-3))[..., None]
 
     def moves(self, z: Array) -> Array:
         return (z + 1)[None]
@@ -175,6 +190,43 @@ class PoissonLikelihood(AbstractLikelihood):
     def features(self, z: Array) -> Array:
         count = (z - self.low).astype(jnp.result_type(float))
         return jnp.stack([jnp.ones_like(count), jnp.log1p(count), (count == 0) * 1.0, jnp.sqrt(count)], -1)
+
+
+def poisson(key: Key, rate: Array) -> Array:
+    """Poisson draws: many of moderate rate by inversion, as sums of draws of rate at most 30; else by JAX's rejection.
+
+    A uniform beyond the float32 sum of all probabilities (1e-7 of draws) ends at the largest value that has one.
+    """
+    if rate.size < MANY:
+        return jax.random.poisson(key, rate, dtype=jnp.int32)
+
+    def inversion(k: Key, part: Array) -> Array:
+        u = jax.random.uniform(k, part.shape, part.dtype)
+        first = jnp.exp(-part)
+
+        def more(carry: tuple[Array, Array, Array, Array]) -> Array:
+            step, _, total, _ = carry
+            return (step < TERMS) & jnp.any(total <= u)
+
+        def add(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            step, mass, total, count = carry
+            mass = mass * part / (step + 1)
+            return step + 1, mass, total + mass, count + (total <= u)
+
+        start = (jnp.array(0, jnp.int32), first, first, jnp.zeros(part.shape, jnp.int32))
+        return jax.lax.while_loop(more, add, start)[3]
+
+    def split(k: Key) -> Array:
+        def draw(carry: tuple[Key, Array, Array]) -> tuple[Key, Array, Array]:
+            k, left, count = carry
+            k, now = jax.random.split(k)
+            part = jnp.minimum(left, PART)
+            return k, left - part, count + inversion(now, part)
+
+        start = (k, rate, jnp.zeros(rate.shape, jnp.int32))
+        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), draw, start)[2]
+
+    return jax.lax.cond(jnp.all(rate < 20 * PART), split, lambda k: jax.random.poisson(k, rate, dtype=jnp.int32), key)
 
 
 class BinomialLikelihood(AbstractLikelihood):
@@ -241,6 +293,9 @@ class NormalLikelihood(AbstractLikelihood):
     def log_prob(self, lam: Array, z: Array) -> Array:
         return Normal(lam[..., 0], jnp.exp(lam[..., 1])).log_prob(z)
 
+    def near(self, lam: Array, mean: Array) -> Array:
+        return lam.at[..., 0].add(mean)
+
     def moves(self, z: Array) -> Array:
         return jnp.zeros((0, *z.shape), z.dtype)
 
@@ -257,6 +312,20 @@ class NormalLikelihood(AbstractLikelihood):
 
     def features(self, z: Array) -> Array:
         return jnp.stack([jnp.ones_like(z), z], -1)
+
+
+def natural_gradient(rule: AbstractLikelihood, lam: Array, gradient: Array) -> Array:
+    """Inverse Fisher matrix times a gradient, coordinate by coordinate; (*shape, width).
+
+    Categorical logits have one redundant direction, in which the gradient is zero: a small ridge leaves it there.
+    """
+    fisher = rule.fisher(lam)
+    if rule.width == 1:
+        return gradient / jnp.maximum(fisher[..., 0], TINY)
+    if rule.reparameterised:  # Normal: the matrix is diagonal
+        return gradient / jnp.diagonal(fisher, axis1=-2, axis2=-1)
+    ridge = 1e-6 * jnp.eye(rule.width)
+    return jnp.linalg.solve(fisher + ridge, gradient[..., None])[..., 0]
 
 
 def likelihood(site: Site) -> AbstractLikelihood:

@@ -23,30 +23,45 @@ Increment = Callable[[Array], Array]
 """Change of one draw's log-weight (samples, outer, branches, ...) -> change of the bound, same shape."""
 
 
+class Part(NamedTuple):
+    """A share of log p - log q at one draw.
+
+    Attributes:
+        sign: +1 for log p, -1 for log q.
+        factored: its factors.
+        terms: their arrays at the draw.
+        views: pairs (names of terms, None for all; the latents at which they are evaluated).
+        rest: the factors' other arguments.
+    """
+
+    sign: float
+    factored: Factored
+    terms: list[Array]
+    views: tuple[tuple[frozenset[str] | None, Latents], ...]
+    rest: tuple[PyTree, ...] = ()
+
+
 class Evaluation(NamedTuple):
     """One draw, evaluated: what a strategy may look at."""
 
     z: Latents
-    terms: tuple[list[Array], list[Array]]
-    parts: tuple[tuple[Factored, tuple[PyTree, ...]], tuple[Factored, tuple[PyTree, ...]]]
-    signs: tuple[float, float] = (1.0, -1.0)
+    parts: tuple[Part, ...]
 
     def signal(self, site: str) -> Array:
         """f_i of eq. 8/11: the terms of log p, log r and log q that touch each coordinate of a site."""
         shape = self.z[site].shape
         found = [
-            sign * part.signal(site, shape, terms)
-            for sign, terms, (part, _) in zip(self.signs, self.terms, self.parts, strict=True)
-            if site in part.program.sites
+            p.sign * p.factored.signal(site, shape, p.terms) for p in self.parts if site in p.factored.program.sites
         ]
         return sum(found, jnp.zeros(shape))
 
     def differences(self, site: str, moved: Array) -> Array:
         """Change of log p - log q when one coordinate moves, (moves, *site shape)."""
         found = [
-            sign * part.differences(site, moved, self.z, *rest)
-            for sign, (part, rest) in zip(self.signs, self.parts, strict=True)
-            if site in part.program.sites
+            p.sign * p.factored.differences(site, moved, z, *p.rest, among=names)
+            for p in self.parts
+            if site in p.factored.program.sites
+            for names, z in p.views
         ]
         return sum(found, jnp.zeros(moved.shape))
 

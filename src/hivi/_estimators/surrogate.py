@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
-from hivi._estimators.base import AbstractStrategy, Evaluation
+from hivi._estimators.base import AbstractStrategy, Evaluation, Part
+from hivi._estimators.expectation import Expectation
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
 from hivi._target.base import Rows, Target
@@ -49,17 +50,37 @@ def surrogate(
     """
     k_rows, k_draws = jax.random.split(key)
     rows = target.minibatch(k_rows)
-    local = proposal.gather(rows)
+    return estimate(proposal.gather(rows), target, strategies, bound, k_draws, samples, rows, shard)
+
+
+def estimate(
+    local: AbstractProposal,
+    target: Target,
+    strategies: Strategies,
+    bound: AbstractBound,
+    key: Key,
+    samples: int,
+    rows: Rows,
+    shard: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Float[Array, ""], Estimated]:
+    """`surrogate` for the proposal of one minibatch."""
+    closed = tuple(n for n, s in strategies.items() if isinstance(s, Expectation))
+    if closed:
+        local = local.expecting(closed, plug_in=any(s.plug_in for s in map(strategies.get, closed)))
     branches, log_pi = local.branches, local.log_weights()
     check_minibatch(target, bound, branches)
-    keys = shard(jax.random.split(k_draws, (samples, bound.draws, branches)))
+    keys = shard(jax.random.split(key, (samples, bound.draws, branches)))
 
     def one(k: Key, branch: Array) -> tuple[Array, PyTree, Array]:
         return _draw(local, target, strategies, bound.inner, k, branch, rows)
 
-    over_branches = jax.vmap(one, in_axes=(0, 0))
-    over_all = jax.vmap(jax.vmap(over_branches, (0, None)), (0, None))
-    log_w, measured, cancel = over_all(keys, jnp.arange(branches))
+    if keys.size == 1:  # under vmap, a conditional runs both its branches
+        single = one(keys.reshape(()), jnp.array(0))
+        log_w, measured, cancel = jax.tree.map(lambda x: x[None, None, None], single)
+    else:
+        over_branches = jax.vmap(one, in_axes=(0, 0))
+        over_all = jax.vmap(jax.vmap(over_branches, (0, None)), (0, None))
+        log_w, measured, cancel = over_all(keys, jnp.arange(branches))
     values = bound.value(log_w, log_pi)
     fixed_w, fixed_pi = jax.lax.stop_gradient((log_w, log_pi))
 
@@ -88,7 +109,8 @@ def _draw(
     z, context = proposal.propose(k_draw, branch)
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
-    p_terms = target.terms(z, rows)
+    views = terms_by_view(target, z, proposal.views())
+    p_terms = viewed_terms(target, views, rows)
     log_p = target.factored.total(p_terms)
     scales = proposal.scales()
     if not detached:
@@ -101,9 +123,16 @@ def _draw(
 
     factored = factorise(log_q, detached, scales=scales)
     q_terms = factored.terms(detached)
-    frozen = [jax.lax.stop_gradient(t) for t in p_terms], [jax.lax.stop_gradient(t) for t in q_terms]
     fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, factored)
-    evaluation = Evaluation(jax.lax.stop_gradient(z), frozen, ((target.factored, (target.data, rows)), (fixed, ())))
+    stop = jax.lax.stop_gradient
+    here = stop(z)
+    evaluation = Evaluation(
+        here,
+        (
+            Part(1.0, target.factored, stop(p_terms), tuple((n, stop(v)) for n, v in views), (target.data, rows)),
+            Part(-1.0, fixed, stop(q_terms), ((None, here),)),
+        ),
+    )
     conditionals = proposal.conditionals(context)
     measured = {n: strategies[n].measure(n, conditionals[n], evaluation) for n in detached}
     cancel = sum(
@@ -115,6 +144,30 @@ def _draw(
         jnp.zeros(()),
     )
     return log_p - factored.total(q_terms), measured, cancel
+
+
+def terms_by_view(
+    target: Target, z: Latents, special: Mapping[str, Latents]
+) -> tuple[tuple[frozenset[str] | None, Latents], ...]:
+    """Names of log p's terms, with the latents at which they are evaluated (all at z, unless sites are in closed form)."""
+    if not special:
+        return ((None, z),)
+    by_view: dict[str, set[str]] = {"mean": set()}
+    chosen = dict(target.views)
+    for factor in target.factored.factors:
+        by_view.setdefault(chosen.get(factor.name, "mean"), set()).add(factor.name)
+    return tuple((frozenset(names), {**z, **special.get(view, {})}) for view, names in by_view.items())
+
+
+def viewed_terms(
+    target: Target, views: tuple[tuple[frozenset[str] | None, Latents], ...], rows: Rows
+) -> list[Array]:
+    """The factor arrays of log p, each at its own view; what a view does not keep is never computed (dead code)."""
+    found = [(names, target.terms(v, rows)) for names, v in views]
+    return [
+        next(terms[k] for names, terms in found if names is None or factor.name in names)
+        for k, factor in enumerate(target.factored.factors)
+    ]
 
 
 def _scale(target: Target, name: str) -> float:

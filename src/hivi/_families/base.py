@@ -68,6 +68,44 @@ class AbstractProposal(eqx.Module):
         """The proposal for one minibatch: `rows` holds the row numbers of every subsampled plate."""
         return self
 
+    def near(self, means: dict[str, Array]) -> AbstractProposal:
+        """The proposal moved to these means (in the model's own space, per site; one row for a local site)."""
+        return self
+
+    def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> AbstractProposal:
+        """The proposal with these sites in closed form: `views` gives their means, `log_q` their negative entropy.
+
+        Raises:
+            FamilyError: a site whose family has no closed-form means.
+        """
+        own = [s.name for s in self.sites if s.name in sites]
+        if not own:
+            return self
+        raise FamilyError(
+            message(
+                f"site {own[0]!r}",
+                f"{type(self).__name__}, which has no closed-form means",
+                "MeanFieldGamma() for a site in closed form",
+                "name the family of that site, or use estimator=hivi.Auto()",
+            )
+        )
+
+    def views(self) -> dict[str, Latents]:
+        """View ("mean", "logmeanexp") -> means of the sites in closed form; empty where all are drawn."""
+        return {}
+
+    def natural(self, gradient: AbstractProposal) -> AbstractProposal:
+        """Natural gradient: the inverse Fisher matrix applied to a gradient (a tree like this proposal)."""
+        return gradient
+
+    def roles(self) -> PyTree:
+        """A tree like this proposal of "conjugate" (a leaf that takes natural steps as they are) and "free" (Adam)."""
+        return jax.tree.map(lambda _: "free", self)
+
+    def owned(self) -> PyTree:
+        """A tree like this proposal: whether an array has one slice per row of the subsampled plate, as its first axis."""
+        return jax.tree.map(lambda _: False, self)
+
     def scales(self) -> dict[str, float]:
         """Name of a term of `log_q` -> its plate scale N/B, where that is not 1."""
         return {}
@@ -132,6 +170,13 @@ class AbstractProposal(eqx.Module):
         """The same proposal moved to a location and scale of its (flat, continuous) value: a start for a prior."""
         raise FamilyError(_not_a_prior(self))
 
+    def stretch(self, extra: Float[Array, "directions dim"]) -> AbstractProposal:
+        """As a prior: the covariance widened by about the sum of the outer products of the rows of `extra`.
+
+        Families that cannot start along directions stay as they are.
+        """
+        return self
+
 
 def _not_a_prior(proposal: AbstractProposal) -> str:
     return message(
@@ -140,6 +185,28 @@ def _not_a_prior(proposal: AbstractProposal) -> str:
         "a continuous family over lambda",
         "use Flow(), FullRank(), Mixture(), MeanField() or another Hierarchical()",
     )
+
+
+class Directions(NamedTuple):
+    """Directions of lambda along which a hierarchy starts.
+
+    Attributes:
+        vectors: site -> (count, *site shape, width), of unit length over all sites together; for rows of a
+            subsampled plate (rows, count, *shape of a row, width).
+        spread: standard deviation of lambda along each, (count,) or (rows, count); 0 where there is none.
+        rows: numbers of the plate's rows that have directions; None for global sites.
+    """
+
+    vectors: dict[str, Array]
+    spread: Float[Array, "*rows count"]
+    rows: Int[Array, " rows"] | None = None
+
+    def at_row(self, row: Int[Array, ""]) -> Directions:
+        """The directions of one row; of length zero where it has none."""
+        if self.rows is None:
+            return self
+        own = (self.rows == row).astype(self.spread.dtype)
+        return Directions({n: jnp.tensordot(own, v, 1) for n, v in self.vectors.items()}, own @ self.spread)
 
 
 class Components(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of
-from hivi._likelihood import NormalLikelihood, likelihood
+from hivi._likelihood import NormalLikelihood, likelihood, natural_gradient
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
 
@@ -67,6 +67,20 @@ class MeanFieldProposal(AbstractProposal):
 
     def parameters(self) -> dict[str, Array]:
         return self.lam
+
+    def near(self, means: dict[str, Array]) -> MeanFieldProposal:
+        known = {s.name: s for s in self.sites if s.name in means}
+        moved = {n: likelihood(s).near(self.lam[n], s.unconstrained_mean(means[n])) for n, s in known.items()}
+        return MeanFieldProposal(self.sites, {**self.lam, **moved})
+
+    def natural(self, gradient: AbstractProposal) -> AbstractProposal:
+        lam = {}
+        for s in self.sites:
+            lam[s.name] = natural_gradient(likelihood(s), self.lam[s.name], gradient.lam[s.name]) / s.scale
+        return MeanFieldProposal(self.sites, lam)
+
+    def owned(self) -> PyTree:
+        return MeanFieldProposal(self.sites, {s.name: s.local is not None for s in self.sites})
 
     @property
     def factorised(self) -> bool:

@@ -124,8 +124,15 @@ class RowsProposal(AbstractProposal):
         return next(x.shape[0] for x in jax.tree.leaves(eqx.filter(self.rows, eqx.is_array)))
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
-        z, context = batched(self.rows, lambda p, k: p.propose(k), jax.random.split(key, self._count()))
-        return self._out(z), context
+        k1, k2 = jax.random.split(key)
+        z, context = batched(self.rows, lambda p, k: p.propose(k), jax.random.split(k1, self._count()))
+        out = self._out(z)
+        # Discrete values of all rows in one draw: the sampler's loops run once, not once for each row's worst case.
+        given = self.conditionals(context)
+        discrete = [s.name for s in self.sites if s.discrete and s.name in given]
+        for name, k in zip(discrete, jax.random.split(k2, max(len(discrete), 1)), strict=False):
+            out[name] = given[name].likelihood.sample(given[name].lam, k)
+        return out, context
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         keys = jax.random.split(key, self._count())
@@ -158,6 +165,18 @@ class RowsProposal(AbstractProposal):
 
     def parameters(self) -> dict[str, Array]:
         return {}
+
+    def near(self, means: dict[str, Array]) -> RowsProposal:
+        moved = batched(self.rows, lambda p: eqx.filter(p.near(means), eqx.is_array))
+        return RowsProposal(self.sites, eqx.combine(moved, eqx.partition(self.rows, eqx.is_array)[1]), self.plate)
+
+    def natural(self, gradient: AbstractProposal) -> RowsProposal:
+        scaled = jax.tree.map(lambda g: g / self.plate.scale if eqx.is_inexact_array(g) else g, gradient.rows)
+        moved = batched(self.rows, lambda p, g: eqx.filter(p.natural(g), eqx.is_array), scaled)
+        return RowsProposal(self.sites, moved, self.plate)
+
+    def owned(self) -> PyTree:
+        return jax.tree.map(lambda _: True, self)
 
 
 class ProductProposal(AbstractProposal):
@@ -217,3 +236,25 @@ class ProductProposal(AbstractProposal):
 
     def parameters(self) -> dict[str, Array]:
         return {n: v for p in self.parts for n, v in p.parameters().items()}
+
+    def near(self, means: dict[str, Array]) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.near(means) for p in self.parts))
+
+    def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.expecting(sites, plug_in) for p in self.parts))
+
+    def views(self) -> dict[str, Latents]:
+        out: dict[str, Latents] = {}
+        for p in self.parts:
+            for view, means in p.views().items():
+                out.setdefault(view, {}).update(means)
+        return out
+
+    def natural(self, gradient: AbstractProposal) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.natural(g) for p, g in zip(self.parts, gradient.parts, strict=True)))
+
+    def roles(self) -> PyTree:
+        return ProductProposal(self.sites, tuple(p.roles() for p in self.parts))
+
+    def owned(self) -> PyTree:
+        return ProductProposal(self.sites, tuple(p.owned() for p in self.parts))

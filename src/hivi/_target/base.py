@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hivi._errors import TargetError, message
@@ -20,6 +22,28 @@ from hivi._tree import Key, PyTree
 
 Rows = dict[str, Array]
 """Row numbers of a minibatch: subsampled plate -> integer array of its batch size."""
+
+
+class Source(abc.ABC):
+    """Host-side data of a streamed target: the rows of one plate, loaded for a few steps at a time.
+
+    Nothing in the engine grows with the number of rows but the rows' own variational parameters, which travel with
+    their data.
+    """
+
+    plate: Plate
+
+    @abc.abstractmethod
+    def passes(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Row numbers of the minibatches of one pass over the data, in random order; each of the plate's batch size."""
+
+    @abc.abstractmethod
+    def blocks(self) -> list[np.ndarray]:
+        """Row numbers in order, in full batches; -1 stands for an empty row where the last batch is not full."""
+
+    @abc.abstractmethod
+    def load(self, batches: Sequence[np.ndarray]) -> PyTree:
+        """The data of these batches, stacked along a leading axis of steps."""
 
 
 class Target(eqx.Module):
@@ -36,6 +60,12 @@ class Target(eqx.Module):
             compile nothing anew.
         plates: the subsampled plates.
         notes: what was decided while the model was read, for `hivi.explain`.
+        constrainer: map to the model's own space, where supports depend on latents.
+        source: where the data of a streamed target come from; `data` then holds one example minibatch.
+        closed: real sites w whose expectation can be taken in closed form, because every term is linear in w or in e^w, or
+            convex in w (where E[w] gives a lower bound, by Jensen's inequality).
+        views: pairs (term, "mean" or "logmeanexp"): at which mean of those sites a term is evaluated; "mean" if unlisted.
+        starts: site -> mean in the model's own space at which a fit starts, or one row of it for a local site.
     """
 
     name: str = eqx.field(static=True)
@@ -45,6 +75,10 @@ class Target(eqx.Module):
     plates: tuple[Plate, ...] = eqx.field(static=True, default=())
     notes: tuple[str, ...] = eqx.field(static=True, default=())
     constrainer: Callable[..., Latents] | None = None
+    source: Source | None = eqx.field(static=True, default=None)
+    closed: tuple[str, ...] = eqx.field(static=True, default=())
+    views: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
+    starts: dict[str, Array] = eqx.field(default_factory=dict)
 
     def site(self, name: str) -> Site:
         """The site of that name.
@@ -188,21 +222,6 @@ def explain(target: Target) -> str:
     return "\n".join(lines)
 
 
-def _maps(site: str, maps: Any) -> str:
-    return " and ".join(sorted(f"{site}[{', '.join(_entry(e) for e in m)}]" for m in maps))
-
-
-def _entry(entry: Any) -> str:
-    kind = type(entry).__name__
-    if kind == "All":
-        return "*"
-    if kind == "Const":
-        return str(entry.index)
-    letter = "ijklmnop"[entry.axis]
-    stride = "" if entry.stride == 1 else f"{entry.stride}"
-    return f"{stride}{letter}{entry.offset:+d}" if entry.offset else f"{stride}{letter}"
-
-
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows as lines, with columns as wide as their longest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -234,3 +253,18 @@ def _coordinates(s: Site) -> str:
     bounds = [str(b) if jnp.ndim(b) == 0 else f"array {jnp.shape(b)}" for b in jax.tree.leaves(support)]
     shape = "" if s.shape == s.constrained_shape else f" of shape {s.constrained_shape}"
     return f"real, unconstrained from {name}" + (f"({', '.join(bounds)})" if bounds else "") + shape
+
+
+def _maps(site: str, maps: Any) -> str:
+    return " and ".join(sorted(f"{site}[{', '.join(_entry(e) for e in m)}]" for m in maps))
+
+
+def _entry(entry: Any) -> str:
+    kind = type(entry).__name__
+    if kind == "All":
+        return "*"
+    if kind == "Const":
+        return str(entry.index)
+    letter = "ijklmnop"[entry.axis]
+    stride = "" if entry.stride == 1 else f"{entry.stride}"
+    return f"{stride}{letter}{entry.offset:+d}" if entry.offset else f"{stride}{letter}"

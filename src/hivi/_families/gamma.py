@@ -1,0 +1,140 @@
+"""Mean-field Gamma over positive sites, in natural parameters, with closed-form means and conjugate steps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hivi._errors import FamilyError, message
+from hivi._families.base import AbstractFamily, AbstractProposal
+from hivi._space import Latents, Site
+from hivi._tree import Key, PyTree, value_zero
+
+
+class MeanFieldGamma(AbstractFamily):
+    """Independent Gamma variables over positive sites: q(w) = prod Gamma(shape_i, rate_i).
+
+    For weights that a Poisson model meets linearly and through a log (`Expectation`): their means are in closed form and
+    every step is a conjugate one (Hoffman et al. 2013). In the engine's coordinates the site is log w.
+
+    Args:
+        shape: shape parameter at the start, before any fit.
+        rate: rate parameter at the start.
+
+    Example:
+        >>> import hivi
+        >>> hivi.MeanFieldGamma()
+        MeanFieldGamma(shape=1.0, rate=1.0)
+    """
+
+    shape: float = 1.0
+    rate: float = 1.0
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        for s in sites:
+            if s.discrete or s.bounds not in POSITIVE or s.local is not None:
+                raise FamilyError(
+                    message(
+                        f"MeanFieldGamma at site {s.name!r}",
+                        f"a {s.values.kind} site with support {s.bounds or 'unknown'}",
+                        "a global site whose support is positive",
+                        "use hivi.MeanField() for it",
+                    )
+                )
+        keys = jax.random.split(key, max(len(sites), 1))
+        jitter = {s.name: jax.random.uniform(k, s.shape, minval=0.9, maxval=1.1) for s, k in zip(sites, keys, strict=False)}
+        rate = {s.name: jnp.full(s.shape, self.rate) for s in sites}
+        return GammaProposal(sites, {n: self.shape * j for n, j in jitter.items()}, rate)
+
+
+POSITIVE = ("_Positive[][]", "_GreaterThan[0.0][]", "_GreaterThan[0][]")
+
+
+class GammaProposal(AbstractProposal):
+    """Shape and rate of every coordinate: natural parameters of q, up to sign and a constant."""
+
+    sites: tuple[Site, ...] = eqx.field(static=True)
+    shape: dict[str, Array]
+    rate: dict[str, Array]
+    closed: bool = eqx.field(static=True, default=False)
+    plug_in: bool = eqx.field(static=True, default=False)
+
+    def near(self, means: dict[str, Array]) -> GammaProposal:
+        rate = {n: self.shape[n] / means[n] if n in means else r for n, r in self.rate.items()}
+        return dataclasses.replace(self, rate=rate)
+
+    def means(self) -> dict[str, Array]:
+        """E[w] of every site."""
+        return {n: a / self.rate[n] for n, a in self.shape.items()}
+
+    def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        if self.closed:
+            return self.views()["mean"], None
+        keys = jax.random.split(key, max(len(self.sites), 1))
+        return {
+            s.name: jax.random.loggamma(k, self.shape[s.name]) - jnp.log(self.rate[s.name])
+            for s, k in zip(self.sites, keys, strict=False)
+        }, None
+
+    def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
+        """Log density in log coordinates; in closed form its expectation, whose gradient is the natural one."""
+        if self.closed and self.plug_in:
+            return {}
+        out = {}
+        exp = self.views()["logmeanexp"] if self.closed else z
+        for s in self.sites:
+            a, b = (jax.lax.stop_gradient(x[s.name]) if self.closed else x[s.name] for x in (self.shape, self.rate))
+            out[f"q({s.name})"] = a * z[s.name] - b * jnp.exp(exp[s.name]) + a * jnp.log(b) - log_gamma(a)
+        return out
+
+    def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        drawn = dataclasses.replace(self, closed=False)
+        return sum((jnp.sum(t) for t in drawn.log_q(z, None, key).values()), jnp.zeros(()))
+
+    def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> GammaProposal:
+        return dataclasses.replace(self, closed=True, plug_in=plug_in)
+
+    def views(self) -> dict[str, Latents]:
+        """E[log w] and log E[w]: functions whose derivatives by (shape, rate) are those by (E[log w], -E[w]).
+
+        So autodiff returns gradients in mean parameters, which are the natural gradients of the natural parameters, with
+        no Fisher matrix to invert (it is near singular for large shapes).
+        """
+        if not self.closed:
+            return {}
+        low, high = {}, {}
+        for s in self.sites:
+            a, b = jax.lax.stop_gradient((self.shape[s.name], self.rate[s.name]))
+            high[s.name] = jnp.log(a / b) - value_zero(self.rate[s.name]) * (b / a)
+            start = jnp.log(a / b) if self.plug_in else digamma(a) - jnp.log(b)
+            low[s.name] = start + value_zero(self.shape[s.name])
+        return {"mean": low, "logmeanexp": high}
+
+    def roles(self) -> PyTree:
+        return jax.tree.map(lambda _: "conjugate", self)
+
+    @property
+    def factorised(self) -> bool:
+        return True
+
+
+def digamma(x: Array) -> Array:
+    """Digamma of positive numbers: recurrence to x + 6, then the asymptotic series; a fifth of the library's time."""
+    y = x + 6
+    shifted = 1 / x + 1 / (x + 1) + 1 / (x + 2) + 1 / (x + 3) + 1 / (x + 4) + 1 / (x + 5)
+    square = 1 / (y * y)
+    series = square * (1 / 12 - square * (1 / 120 - square / 252))
+    return jnp.log(y) - 0.5 / y - series - shifted
+
+
+def log_gamma(x: Array) -> Array:
+    """Log Gamma of positive numbers by the same recurrence and Stirling's series."""
+    y = x + 6
+    product = x * (x + 1) * (x + 2) * (x + 3) * (x + 4) * (x + 5)
+    square = 1 / (y * y)
+    series = (1 / 12 - square * (1 / 360 - square / 1260)) / y
+    return (y - 0.5) * jnp.log(y) - y + 0.5 * jnp.log(2 * jnp.pi) + series - jnp.log(product)
