@@ -36,6 +36,10 @@ START = 1e-2
 """Size of the random deviation from the identity at the start."""
 MAX_LOG_SCALE = 2.0
 NEWTON_STEPS = 10
+MAX_STRETCH = 3.0
+"""Most that one planar layer stretches at the start: its unconstrained parameter grows like exp(stretch)."""
+LINEAR = 0.25
+"""Slope inside the tanh of such a layer, in units of the standard deviation that reaches it: close to linear."""
 _PLANAR_ZERO = 1.5132436
 """log(exp(e-1)-1): where the invertibility constraint of a planar layer maps the planar scale to exactly zero."""
 
@@ -156,6 +160,34 @@ def _planar(dim: int, key: Key) -> Float[Array, " parameters"]:
     w = w / jnp.linalg.norm(w)
     u = w * _PLANAR_ZERO + START * jax.random.normal(k2, (dim,))
     return jnp.concatenate([w, u, jax.random.uniform(k3, (1,), minval=-1.0, maxval=1.0)])
+
+
+def stretched(bijection: AbstractBijection, extra: Float[Array, "directions dim"]) -> AbstractBijection:
+    """A planar flow that widens a standard normal to covariance I + extra' extra, about; other kinds stay as they are.
+
+    The layers are dealt out to the directions; each stretches its direction by the same factor, at most `MAX_STRETCH`,
+    in the nearly linear part of its tanh. Directions of length zero take none.
+    """
+    if not isinstance(bijection, PlanarFlow):
+        return bijection
+    layers = bijection.params.shape[0]
+    lengths = jnp.sqrt(jnp.sum(extra**2, 1))
+    order = jnp.argsort(-lengths)
+    count = jnp.clip(jnp.sum(lengths > 0), 1, layers)
+    each = layers // count
+    rows = []
+    for number, old in enumerate(bijection.params):
+        direction, place = order[number % count], number // count
+        length = lengths[direction]
+        unit = extra[direction] / jnp.where(length > 0, length, 1.0)
+        factor = jnp.minimum((1 + length**2) ** (0.5 / each), MAX_STRETCH)
+        # Every layer sees what those before it have stretched.
+        slope = LINEAR / factor**place
+        # The inverse of the constraint log1p(softplus(inner)) - 1 = w.u = factor - 1, see `_layers`.
+        inner = jnp.log(jnp.expm1(jnp.expm1(factor)))
+        new = jnp.concatenate([slope * unit, inner / slope * unit, jnp.zeros(1)])
+        rows.append(jnp.where((length > 0) & (place < each), new, old))
+    return PlanarFlow(jnp.stack(rows))
 
 
 def _spline() -> RationalQuadraticSpline:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flowjax.bijections import AbstractBijection
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._bijections import backward, forward, near_identity
+from hivi._bijections import backward, forward, near_identity, stretched
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
@@ -84,3 +86,18 @@ class FlowProposal(AbstractProposal):
 
     def recentre(self, location: Array, scale: Array) -> FlowProposal:
         return FlowProposal(self.sites, location, jnp.log(scale), self.bijection)
+
+    def stretch(self, extra: Array) -> FlowProposal:
+        bijection = stretched(self.bijection, extra * jnp.exp(-self.log_scale))
+        return FlowProposal(self.sites, self.location, self.log_scale, bijection)
+
+    def centres(self) -> PyTree:
+        rest = jax.tree.map(lambda _: False, self.bijection)
+        return FlowProposal(self.sites, True, True, rest)  # type: ignore[arg-type]
+
+    def roles(self) -> PyTree:
+        rest = jax.tree.map(lambda _: "free", self.bijection)
+        return FlowProposal(self.sites, "natural", "free", rest)  # type: ignore[arg-type]
+
+    def precondition(self, rule: Callable[[Array], Array]) -> FlowProposal:
+        return FlowProposal(self.sites, rule(self.location), self.log_scale, self.bijection)

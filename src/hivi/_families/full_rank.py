@@ -84,3 +84,9 @@ class FullRankProposal(AbstractProposal):
 
     def recentre(self, location: Array, scale: Array) -> FullRankProposal:
         return FullRankProposal(self.sites, location, jnp.log(scale), self.lower)
+
+    def stretch(self, extra: Array) -> FullRankProposal:
+        old = self.factor()
+        root = jnp.linalg.cholesky(old @ old.T + extra.T @ extra)
+        diagonal = jnp.diagonal(root)
+        return FullRankProposal(self.sites, self.location, jnp.log(diagonal), jnp.tril(root / diagonal[:, None], -1))

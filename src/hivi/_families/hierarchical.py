@@ -20,12 +20,12 @@ from hivi._families.auxiliary import (
     Linearised,
     Link,
 )
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.mean_field import MeanFieldProposal
 from hivi._families.mixture import Mixture
-from hivi._likelihood import likelihood
+from hivi._likelihood import likelihood, natural_gradient
 from hivi._space import Latents, Site, Values
 from hivi._tree import Key, PyTree
 
@@ -48,8 +48,15 @@ class Hierarchical(AbstractFamily):
             another `Hierarchical` (multi-level).
         auxiliary: `InverseFlow`, `Linearised`, `SemiImplicit` or `Component`; None takes the one that
             suits the prior: for a flow, an inverse flow of twice its length (the paper's were 2 and 10).
-        start: a mean-field `Fit` of the same target to grow from; None starts near the centre of the supports.
+        start: a mean-field `Fit` of the same target to grow from; None starts near the centre of the supports. What
+            `hivi.curvature(fit)` returns also serves: it grows from that fit, along the directions found.
         spread: multiplies the standard deviation of lambda at the start.
+        along: directions of lambda that start wider, where `start` is a fit: what `hivi.curvature(fit)` returns. Priors
+            `FullRank()` and planar `Flow()` start along them, with `Linearised()` as auxiliary if that is None, up to 256
+            parameters; others start from the fit alone.
+
+        shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
+            location and scale of lambda; otherwise each row has all parameters for itself.
 
     Example:
         >>> import hivi
@@ -62,6 +69,8 @@ class Hierarchical(AbstractFamily):
     auxiliary: AbstractAuxiliary | None = None
     start: Any = None
     spread: float = 1.0
+    along: Any = None
+    shared: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         link = Link(sites)
@@ -69,7 +78,11 @@ class Hierarchical(AbstractFamily):
         space = (Site(LAM, (link.dim,), Values("real"), (link.dim,)),)
         location, scale = self._from_scratch(link, k3) if self.start is None else self._from_start(link)
         prior = self.prior.build(space, k1).recentre(location, scale * self.spread)
-        return HierarchicalProposal(sites, prior, self._auxiliary(link).build(link, prior, k2))
+        extra = self._extra(link)
+        if extra is not None:
+            prior = prior.stretch(extra * self.spread)
+        auxiliary = self._auxiliary(link, extra is not None).build(link, prior, k2)
+        return HierarchicalProposal(sites, prior, auxiliary, self.shared)
 
     def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
         if self.start is None:
@@ -78,16 +91,59 @@ class Hierarchical(AbstractFamily):
         local = {s.name: s.local[1] for s in sites if s.local is not None and s.name in found}
         lam = {name: jnp.take(found[name], row, axis=axis) for name, axis in local.items()}
         start = MeanFieldProposal(tuple(s.row() for s in sites if s.name in lam), lam)
-        return Hierarchical(self.prior, self.auxiliary, start, self.spread)
+        along = self._directions()
+        return Hierarchical(self.prior, self.auxiliary, start, self.spread, along and along.at_row(row), self.shared)
 
-    def _auxiliary(self, link: Link) -> AbstractAuxiliary:
+    def _directions(self) -> Directions | None:
+        """`along`, or the directions that the start brings.
+
+        Raises:
+            FamilyError: directions without a start.
+        """
+        if self.along is not None and self.start is None:
+            raise FamilyError(
+                message("Hierarchical(along=...)", "no start", "the fit whose curvature it is", "pass start=fit too")
+            )
+        given = self.start if self.along is None else self.along
+        found = getattr(given, "directions", self.along)
+        if found is not None and not isinstance(found, Directions):
+            cure = "pass along=hivi.curvature(fit, key=key)"
+            raise FamilyError(message("Hierarchical(along=...)", type(found).__name__, "directions of lambda", cure))
+        return found
+
+    def _extra(self, link: Link) -> Array | None:
+        """The directions of these sites as rows of a matrix over lambda, each as long as its spread."""
+        found = self._directions()
+        if found is None or not any(s.name in found.vectors for s in link.sites):
+            return None
+        if link.dim > DENSE_LIMIT and self.auxiliary is None:
+            return None  # the auxiliary of so many parameters is factorised, and would cost more than the start gains
+        count, parts = found.spread.shape[-1], []
+        for s in link.sites:
+            shape = (count, *s.shape, likelihood(s).width)
+            part = found.vectors.get(s.name, jnp.zeros(shape))
+            if found.rows is not None or part.shape != shape:
+                raise FamilyError(
+                    message(
+                        f"Hierarchical(along=...) at site {s.name!r}",
+                        f"directions of shape {part.shape}{'' if found.rows is None else ', row by row'}",
+                        f"{shape}",
+                        "pass the curvature of a mean-field fit of the same target",
+                    )
+                )
+            parts.append(part.reshape(count, -1))
+        return jnp.concatenate(parts, 1) * found.spread[:, None]
+
+    def _auxiliary(self, link: Link, along: bool) -> AbstractAuxiliary:
         if self.auxiliary is not None:
             return self.auxiliary
         choices: dict[type, AbstractAuxiliary] = {Mixture: Component()}
         if link.dim <= DENSE_LIMIT:
             choices[FullRank] = Linearised()
         if type(self.prior) is Flow:
-            choices[Flow] = InverseFlow(2 * self.prior.layers, self.prior.kind)
+            # A factorised r cannot follow a stretched prior: it starts below mean-field, and often diverges.
+            stretched = along and self.prior.kind == "planar"
+            choices[Flow] = Linearised() if stretched else InverseFlow(2 * self.prior.layers, self.prior.kind)
         return choices.get(type(self.prior), InverseFlow())
 
     def _from_scratch(self, link: Link, key: Key) -> tuple[Array, Array]:
@@ -111,9 +167,7 @@ class Hierarchical(AbstractFamily):
                     )
                 )
             lam[s.name] = found[s.name]
-            fisher = jnp.diagonal(likelihood(s).fisher(lam[s.name]), axis1=-2, axis2=-1)
-            floor = 1.0 if s.discrete else 0.0
-            scale[s.name] = START_SCALE / jnp.sqrt(jnp.maximum(fisher, floor))
+            scale[s.name] = narrow(s, lam[s.name])
         return link.join(lam), link.join(scale)
 
 
@@ -123,7 +177,8 @@ def start_parameters(start: Any) -> dict[str, Array]:
     Raises:
         FamilyError: the start is not mean-field.
     """
-    proposal = getattr(start, "proposal", start)
+    fit = getattr(start, "fit", start)  # a curvature brings the fit that it was made of
+    proposal = getattr(fit, "proposal", fit)
     if isinstance(proposal, AbstractProposal):
         found = proposal.parameters()
         if found:
@@ -144,6 +199,7 @@ class HierarchicalProposal(AbstractProposal):
     sites: tuple[Site, ...] = eqx.field(static=True)
     prior: AbstractProposal
     auxiliary: AbstractAuxiliaryState
+    shared: bool = eqx.field(static=True, default=False)
 
     @property
     def _link(self) -> Link:
@@ -211,4 +267,46 @@ class HierarchicalProposal(AbstractProposal):
     def recentre(self, location: Array, scale: Array) -> HierarchicalProposal:
         centre = jnp.stack([location, jnp.log(scale)], -1).reshape(-1)
         spread = jnp.stack([0.5 * scale, jnp.full_like(scale, 0.1)], -1).reshape(-1)
-        return HierarchicalProposal(self.sites, self.prior.recentre(centre, spread), self.auxiliary)
+        return HierarchicalProposal(self.sites, self.prior.recentre(centre, spread), self.auxiliary, self.shared)
+
+    # Repeated over the rows of a plate.
+    def individual(self) -> PyTree:
+        prior = self.prior.centres() if self.shared else jax.tree.map(lambda _: True, self.prior)
+        auxiliary = jax.tree.map(lambda _: not self.shared, self.auxiliary)
+        return HierarchicalProposal(self.sites, prior, auxiliary, self.shared)
+
+    def near(self, means: dict[str, Array]) -> HierarchicalProposal:
+        location, scale = self.prior.affine()
+        lam = self._link.split(location)
+        for s in self.sites:
+            if s.name in means:
+                lam[s.name] = likelihood(s).near(lam[s.name], s.unconstrained_mean(means[s.name]))
+        return self._at(self._link.join(lam), scale)
+
+    def grown(self, lam: dict[str, Array]) -> HierarchicalProposal:
+        return self._at(self._link.join(lam), self._link.join({s.name: narrow(s, lam[s.name]) for s in self.sites}))
+
+    def _at(self, location: Array, scale: Array) -> HierarchicalProposal:
+        return HierarchicalProposal(self.sites, self.prior.recentre(location, scale), self.auxiliary, self.shared)
+
+    def natural(self, gradient: AbstractProposal) -> HierarchicalProposal:
+        """Lambda's location by the Fisher information of q(z|lambda) there; the rest as it is."""
+        location, _ = self.prior.affine()
+
+        def rule(flat: Array) -> Array:
+            at, parts = self._link.split(location), self._link.split(flat)
+            return self._link.join(
+                {s.name: natural_gradient(likelihood(s), at[s.name], parts[s.name]) for s in self.sites}
+            )
+
+        return HierarchicalProposal(self.sites, gradient.prior.precondition(rule), gradient.auxiliary, self.shared)
+
+    def roles(self) -> PyTree:
+        free = jax.tree.map(lambda _: "free", self.auxiliary)
+        return HierarchicalProposal(self.sites, self.prior.roles(), free, self.shared)
+
+
+def narrow(site: Site, lam: Array) -> Array:
+    """Spread of lambda with which to grow from a mean-field optimum: small against its Fisher information."""
+    fisher = jnp.diagonal(likelihood(site).fisher(lam), axis1=-2, axis2=-1)
+    return START_SCALE / jnp.sqrt(jnp.maximum(fisher, 1.0 if site.discrete else 0.0))

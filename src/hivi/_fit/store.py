@@ -46,7 +46,11 @@ KNOWN: dict[str, type] = {
 def encode(value: Any) -> Any:
     """Configuration objects -> JSON values."""
     if isinstance(value, AbstractFamily | AbstractAuxiliary | AbstractBound):
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "start"}
+        fields = {
+            f.name: encode(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.name not in ("start", "along")
+        }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, Mapping):
         return {"type": "dict", "items": [[k, encode(v)] for k, v in value.items()]}
