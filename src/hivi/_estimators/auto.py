@@ -13,11 +13,12 @@ from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_conditionals
 from hivi._estimators.differences import Difference, LocalExpectation
+from hivi._estimators.expectation import Expectation
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
-from hivi._families.product import build_proposal
+from hivi._families.product import ProductProposal, build_proposal
 from hivi._locality.colour import colours
 from hivi._space import Site
 from hivi._target.base import Target
@@ -55,7 +56,13 @@ class Auto(AbstractEstimator):
         """One choice per site, with the number of evaluations it costs and the reason."""
         conditionals = abstract_conditionals(proposal)
         palette = site_colours(target, proposal, bound)
-        return [self._choose(s, s.name in conditionals, palette.get(s.name, 1)) for s in target.sites]
+        closed = closed_sites(target, proposal)
+        return [
+            Choice(s.name, Expectation(), 1, "log p meets it through means that its family has in closed form")
+            if s.name in closed
+            else self._choose(s, s.name in conditionals, palette.get(s.name, 1))
+            for s in target.sites
+        ]
 
     def _choose(self, site: Site, conditional: bool, count: int) -> Choice:
         plural = f"{count} colour{'s' * (count != 1)}"
@@ -94,12 +101,22 @@ class Auto(AbstractEstimator):
         return "\n".join("  ".join([*(r[k].ljust(widths[k]) for k in range(3)), r[3]]) for r in rows)
 
 
+def closed_sites(target: Target, proposal: AbstractProposal) -> set[str]:
+    """Sites that both the target and their family can take in closed form."""
+    parts = proposal.parts if isinstance(proposal, ProductProposal) else (proposal,)
+    found: set[str] = set()
+    for part in parts:
+        if part.closed_form:
+            found |= {s.name for s in part.sites}
+    return found & set(target.closed)
+
+
 def site_colours(target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, int]:
     """Discrete site -> number of evaluations that move each of its coordinates once, in log p and in log q."""
     discrete = {s.name: s for s in target.sites if s.discrete}
     if not discrete:
         return {}
-    programs = [target.factored.program]
+    programs = [(target.factored.program, {(term, site) for term, site, _ in target.factored.overrides})]
     arrays, static = eqx.partition(proposal.gather(target.all_rows()), eqx.is_array)
 
     def look(a: Any) -> None:
@@ -108,14 +125,14 @@ def site_colours(target: Target, proposal: AbstractProposal, bound: AbstractBoun
         free = {n: z[n] for n in discrete if n in p.conditionals(context)}
         if free:
             factored = factorise(lambda v: p.log_q({**z, **v}, context, jax.random.key(1), bound.inner), free)
-            programs.append(factored.program)
+            programs.append((factored.program, set()))
 
     jax.eval_shape(look, arrays)
     out = {}
     for name, site in discrete.items():
         counts = []
-        for program in programs:
-            factors = [f for f in program.factors if f.maps(name)]
+        for program, overridden in programs:
+            factors = [f for f in program.factors if f.maps(name) and (f.name, name) not in overridden]
             palette = colours(factors, name, site.batch_shape)
             counts.append(math.prod(int(np.max(c, initial=0)) + 1 for c in palette))
         out[name] = max(counts)

@@ -16,6 +16,7 @@ from hivi._estimators.base import AbstractStrategy, Evaluation, Part
 from hivi._estimators.expectation import Expectation
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
+from hivi._space import Latents
 from hivi._target.base import Rows, Target
 from hivi._tree import Key, PyTree, value_zero
 
@@ -64,9 +65,9 @@ def estimate(
     shard: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Float[Array, ""], Estimated]:
     """`surrogate` for the proposal of one minibatch."""
-    closed = tuple(n for n, s in strategies.items() if isinstance(s, Expectation))
+    closed = {n: s for n, s in strategies.items() if isinstance(s, Expectation)}
     if closed:
-        local = local.expecting(closed, plug_in=any(s.plug_in for s in map(strategies.get, closed)))
+        local = local.expecting(tuple(closed), plug_in=any(s.plug_in for s in closed.values()))
     branches, log_pi = local.branches, local.log_weights()
     check_minibatch(target, bound, branches)
     keys = shard(jax.random.split(key, (samples, bound.draws, branches)))
@@ -159,9 +160,7 @@ def terms_by_view(
     return tuple((frozenset(names), {**z, **special.get(view, {})}) for view, names in by_view.items())
 
 
-def viewed_terms(
-    target: Target, views: tuple[tuple[frozenset[str] | None, Latents], ...], rows: Rows
-) -> list[Array]:
+def viewed_terms(target: Target, views: tuple[tuple[frozenset[str] | None, Latents], ...], rows: Rows) -> list[Array]:
     """The factor arrays of log p, each at its own view; what a view does not keep is never computed (dead code)."""
     found = [(names, target.terms(v, rows)) for names, v in views]
     return [

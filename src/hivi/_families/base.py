@@ -94,13 +94,41 @@ class AbstractProposal(eqx.Module):
         """View ("mean", "logmeanexp") -> means of the sites in closed form; empty where all are drawn."""
         return {}
 
-    def natural(self, gradient: AbstractProposal) -> AbstractProposal:
+    def natural(self, gradient: PyTree) -> PyTree:
         """Natural gradient: the inverse Fisher matrix applied to a gradient (a tree like this proposal)."""
         return gradient
 
     def roles(self) -> PyTree:
-        """A tree like this proposal of "conjugate" (a leaf that takes natural steps as they are) and "free" (Adam)."""
+        """A tree like this proposal: "conjugate" (takes natural steps as they are), "natural" or "free" (Adam).
+
+        Steps of rows' natural gradients have a learning rate in units of a log rate or logit; the rest moves slower.
+        """
         return jax.tree.map(lambda _: "free", self)
+
+    def individual(self) -> PyTree:
+        """A tree like this proposal: which arrays each row has for itself when it is repeated over the rows of a plate."""
+        return jax.tree.map(lambda _: True, self)
+
+    def centres(self) -> PyTree:
+        """A tree like this proposal: which arrays are the location and scale of its value, as a prior that rows share."""
+        raise FamilyError(
+            message(
+                "Hierarchical(shared=True)",
+                f"the prior {type(self).__name__}, which has no location and scale apart from the rest",
+                "Flow() or MeanField()",
+                "use one of them, or shared=False",
+            )
+        )
+
+    def precondition(self, rule: Callable[[Array], Array]) -> AbstractProposal:
+        """For a gradient of a prior over lambda: itself with `rule` applied to the location's part, where there is one."""
+        return self
+
+    def grown(self, lam: dict[str, Array]) -> AbstractProposal:
+        """The proposal moved to a mean-field optimum, as `Hierarchical(start=...)` does."""
+        raise FamilyError(
+            message("growing from a mean-field fit", type(self).__name__, "a hierarchical family", "use Hierarchical()")
+        )
 
     def owned(self) -> PyTree:
         """A tree like this proposal: whether an array has one slice per row of the subsampled plate, as its first axis."""
@@ -117,6 +145,11 @@ class AbstractProposal(eqx.Module):
     @property
     def factorised(self) -> bool:
         """Whether the coordinates of the value are independent."""
+        return False
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether `expecting` can take all sites in closed form."""
         return False
 
     @property

@@ -46,7 +46,9 @@ class MeanFieldGamma(AbstractFamily):
                     )
                 )
         keys = jax.random.split(key, max(len(sites), 1))
-        jitter = {s.name: jax.random.uniform(k, s.shape, minval=0.9, maxval=1.1) for s, k in zip(sites, keys, strict=False)}
+        jitter = {
+            s.name: jax.random.uniform(k, s.shape, minval=0.9, maxval=1.1) for s, k in zip(sites, keys, strict=False)
+        }
         rate = {s.name: jnp.full(s.shape, self.rate) for s in sites}
         return GammaProposal(sites, {n: self.shape * j for n, j in jitter.items()}, rate)
 
@@ -116,6 +118,10 @@ class GammaProposal(AbstractProposal):
 
     def roles(self) -> PyTree:
         return jax.tree.map(lambda _: "conjugate", self)
+
+    @property
+    def closed_form(self) -> bool:
+        return True
 
     @property
     def factorised(self) -> bool:

@@ -289,7 +289,7 @@ class HierarchicalProposal(AbstractProposal):
     def _at(self, location: Array, scale: Array) -> HierarchicalProposal:
         return HierarchicalProposal(self.sites, self.prior.recentre(location, scale), self.auxiliary, self.shared)
 
-    def natural(self, gradient: AbstractProposal) -> HierarchicalProposal:
+    def natural(self, gradient: PyTree) -> PyTree:
         """Lambda's location by the Fisher information of q(z|lambda) there; the rest as it is."""
         location, _ = self.prior.affine()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -73,14 +75,21 @@ class MeanFieldProposal(AbstractProposal):
         moved = {n: likelihood(s).near(self.lam[n], s.unconstrained_mean(means[n])) for n, s in known.items()}
         return MeanFieldProposal(self.sites, {**self.lam, **moved})
 
-    def natural(self, gradient: AbstractProposal) -> AbstractProposal:
+    def natural(self, gradient: PyTree) -> PyTree:
         lam = {}
         for s in self.sites:
             lam[s.name] = natural_gradient(likelihood(s), self.lam[s.name], gradient.lam[s.name]) / s.scale
         return MeanFieldProposal(self.sites, lam)
 
+    def roles(self) -> PyTree:
+        return jax.tree.map(lambda _: "natural", self)
+
+    def centres(self) -> PyTree:
+        return jax.tree.map(lambda _: True, self)
+
     def owned(self) -> PyTree:
-        return MeanFieldProposal(self.sites, {s.name: s.local is not None for s in self.sites})
+        flags: dict[str, Any] = {s.name: s.local is not None for s in self.sites}
+        return MeanFieldProposal(self.sites, flags)
 
     @property
     def factorised(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._errors import FamilyError, message
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, batched
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
 from hivi._likelihood import likelihood
 from hivi._space import Latents, Plate, Site
 from hivi._tree import Key, PyTree
@@ -104,15 +105,45 @@ def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Ke
         return eqx.filter(family.at_row(sites, row).build(rows, k), eqx.is_array)
 
     stacked = jax.vmap(arrays_of)(keys, jnp.arange(plate.size))
-    return RowsProposal(sites, eqx.combine(stacked, static), plate)
+    mask = jax.tree.map(lambda flag, x: flag, example.individual(), example)
+    flags = tuple(m for m, x in zip(jax.tree.leaves(mask), jax.tree.leaves(example), strict=True) if eqx.is_array(x))
+    arrays = [x if own else x[0] for own, x in zip(flags, jax.tree.leaves(stacked), strict=True)]
+    return RowsProposal(
+        sites, eqx.combine(jax.tree.unflatten(jax.tree.structure(stacked), arrays), static), plate, flags
+    )
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 class RowsProposal(AbstractProposal):
-    """One proposal per row of a subsampled plate: the arrays of `rows` have a leading axis over rows."""
+    """One proposal per row of a subsampled plate.
+
+    Attributes:
+        sites: the sites, over all rows.
+        rows: the proposal of a row; its own arrays have a leading axis over rows.
+        plate: the plate.
+        mask: which of its arrays are each row's own, in the order of its leaves; the others serve all rows.
+    """
 
     sites: tuple[Site, ...] = eqx.field(static=True)
     rows: AbstractProposal
     plate: Plate = eqx.field(static=True)
+    mask: tuple[bool, ...] = eqx.field(static=True)
+
+    def _split(self) -> tuple[PyTree, PyTree]:
+        """Each row's own arrays, and the rest."""
+        return eqx.partition(self.rows, self._flags())
+
+    def _flags(self) -> PyTree:
+        flags = iter(self.mask)
+        return jax.tree.map(lambda x: next(flags) if eqx.is_array(x) else False, self.rows)
+
+    def _each(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(proposal, *args)` for every row at once."""
+        own, rest = self._split()
+        return jax.vmap(lambda a, *more: fn(eqx.combine(a, rest), *more))(own, *args)
 
     def _out(self, z: Latents) -> Latents:
         return {s.name: jnp.moveaxis(z[s.name], 0, s.local[1]) for s in self.sites if s.local is not None}
@@ -121,11 +152,11 @@ class RowsProposal(AbstractProposal):
         return {s.name: jnp.moveaxis(z[s.name], s.local[1], 0) for s in self.sites if s.local is not None}
 
     def _count(self) -> int:
-        return next(x.shape[0] for x in jax.tree.leaves(eqx.filter(self.rows, eqx.is_array)))
+        return int(jax.tree.leaves(self._split()[0])[0].shape[0])
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         k1, k2 = jax.random.split(key)
-        z, context = batched(self.rows, lambda p, k: p.propose(k), jax.random.split(k1, self._count()))
+        z, context = self._each(lambda p, k: p.propose(k), jax.random.split(k1, self._count()))
         out = self._out(z)
         # Discrete values of all rows in one draw: the sampler's loops run once, not once for each row's worst case.
         given = self.conditionals(context)
@@ -136,15 +167,15 @@ class RowsProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         keys = jax.random.split(key, self._count())
-        terms = batched(self.rows, lambda p, v, c, k: p.log_q(v, c, k, inner), self._in(z), context, keys)
+        terms = self._each(lambda p, v, c, k: p.log_q(v, c, k, inner), self._in(z), context, keys)
         return {f"{name}[{self.plate.name}]": value for name, value in terms.items()}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         keys = jax.random.split(key, self._count())
-        return jnp.sum(batched(self.rows, lambda p, v, k: p.log_density(v, k, samples), self._in(z), keys))
+        return jnp.sum(self._each(lambda p, v, k: p.log_density(v, k, samples), self._in(z), keys))
 
     def conditionals(self, context: PyTree) -> dict[str, Conditional]:
-        lam = batched(self.rows, lambda p, c: {n: v.lam for n, v in p.conditionals(c).items()}, context)
+        lam = self._each(lambda p, c: {n: v.lam for n, v in p.conditionals(c).items()}, context)
         out = {}
         for s in self.sites:
             if s.name in lam and s.local is not None:
@@ -152,8 +183,12 @@ class RowsProposal(AbstractProposal):
         return out
 
     def gather(self, rows: dict[str, Array]) -> RowsProposal:
-        taken = jax.tree.map(lambda x: x[rows[self.plate.name]] if eqx.is_array(x) else x, self.rows)
-        return RowsProposal(self.sites, taken, self.plate)
+        own, rest = self._split()
+        taken = jax.tree.map(lambda x: x[rows[self.plate.name]], own)
+        return self._with(eqx.combine(taken, rest))
+
+    def _with(self, rows: AbstractProposal) -> RowsProposal:
+        return RowsProposal(self.sites, rows, self.plate, self.mask)
 
     def scales(self) -> dict[str, float]:
         z, context = jax.eval_shape(self.propose, jax.random.key(0))
@@ -167,16 +202,29 @@ class RowsProposal(AbstractProposal):
         return {}
 
     def near(self, means: dict[str, Array]) -> RowsProposal:
-        moved = batched(self.rows, lambda p: eqx.filter(p.near(means), eqx.is_array))
-        return RowsProposal(self.sites, eqx.combine(moved, eqx.partition(self.rows, eqx.is_array)[1]), self.plate)
+        flags = self._flags()
+        moved = self._each(lambda p: eqx.filter(p.near(means), flags))
+        return self._with(eqx.combine(moved, self._split()[1]))
 
-    def natural(self, gradient: AbstractProposal) -> RowsProposal:
-        scaled = jax.tree.map(lambda g: g / self.plate.scale if eqx.is_inexact_array(g) else g, gradient.rows)
-        moved = batched(self.rows, lambda p, g: eqx.filter(p.natural(g), eqx.is_array), scaled)
-        return RowsProposal(self.sites, moved, self.plate)
+    def grown(self, lam: dict[str, Array]) -> RowsProposal:
+        flags = self._flags()
+        inside = {s.name: jnp.moveaxis(lam[s.name], s.local[1], 0) for s in self.sites if s.local is not None}
+        moved = self._each(lambda p, v: eqx.filter(p.grown(v), flags), inside)
+        return self._with(eqx.combine(moved, self._split()[1]))
+
+    def natural(self, gradient: PyTree) -> PyTree:
+        flags = jax.tree.map(lambda flag, x: flag and eqx.is_inexact_array(x), self._flags(), self.rows)
+        here = jax.tree.map(lambda g, flag: flag if g is not None else None, gradient.rows, flags, is_leaf=_is_none)
+        own, rest = eqx.partition(gradient.rows, here)
+        scaled = jax.tree.map(lambda g: g / self.plate.scale, own)
+        moved = self._each(lambda p, g: eqx.filter(p.natural(eqx.combine(g, rest)), flags), scaled)
+        return self._with(eqx.combine(moved, rest))
+
+    def roles(self) -> PyTree:
+        return self._with(self.rows.roles())
 
     def owned(self) -> PyTree:
-        return jax.tree.map(lambda _: True, self)
+        return self._with(self._flags())
 
 
 class ProductProposal(AbstractProposal):
@@ -250,7 +298,7 @@ class ProductProposal(AbstractProposal):
                 out.setdefault(view, {}).update(means)
         return out
 
-    def natural(self, gradient: AbstractProposal) -> ProductProposal:
+    def natural(self, gradient: PyTree) -> PyTree:
         return ProductProposal(self.sites, tuple(p.natural(g) for p, g in zip(self.parts, gradient.parts, strict=True)))
 
     def roles(self) -> PyTree:

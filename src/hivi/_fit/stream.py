@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
 from hivi._estimators.base import AbstractStrategy
-from hivi._estimators.surrogate import estimate
+from hivi._estimators.expectation import Expectation
+from hivi._estimators.surrogate import estimate, terms_by_view, viewed_terms
 from hivi._families.base import AbstractProposal
 from hivi._fit.rows import Layout
 from hivi._target.base import Target
@@ -26,6 +27,8 @@ from hivi._tree import Key, PyTree, compiled, finite, select
 
 ROW_RATE = 0.3
 FREE_RATE = 0.01
+SLOW = 0.1
+"""Learning rate of rows' parameters without natural gradients, as a share of the others'."""
 CLIP = 20.0
 """Largest natural-gradient step of a row's parameter, before Adam: units of its log rate or logit."""
 FINAL = 0.1
@@ -128,7 +131,8 @@ def visit(
     ok = jnp.isfinite(value) & finite(natural)
     natural_own, natural_shared = split_gradient(proposal, natural)
     updates, moments = jax.vmap(_adam().update)(natural_own, own_moments)
-    moved = jax.tree.map(lambda p, u: p + rates.rows * u, own, updates)
+    pace = row_pace(proposal)
+    moved = jax.tree.map(lambda p, u, m: p + rates.rows * m * u, own, updates, pace)
     records = jnp.where(ok, layout.pack((moved, moments)), records)
     shared, shared_moments = state.shared, state.moments
     if plan.moves_shared:
@@ -136,6 +140,16 @@ def visit(
         shared, shared_moments = select(ok, new_shared, shared), select(ok, new_moments, shared_moments)
     skipped = state.skipped + jnp.where(ok, 0, 1)
     return StreamState(shared, shared_moments, key, skipped), records, value
+
+
+def row_pace(proposal: AbstractProposal) -> PyTree:
+    """Multiplier of the rows' learning rate, per array of theirs."""
+    own, _ = split_rows(proposal)
+    roles = zip(
+        jax.tree.leaves(proposal.roles()), jax.tree.leaves(proposal.owned()), jax.tree.leaves(proposal), strict=True
+    )
+    paces = [1.0 if role == "natural" else SLOW for role, mine, x in roles if mine and eqx.is_array(x)]
+    return jax.tree.unflatten(jax.tree.structure(own), paces)
 
 
 def split_gradient(proposal: AbstractProposal, gradient: PyTree) -> tuple[PyTree, PyTree]:
@@ -153,7 +167,7 @@ def _leaves_like(gradient: PyTree, mask: PyTree, proposal: PyTree) -> list[bool]
 
 def conjugate(proposal: AbstractProposal, tree: PyTree) -> tuple[PyTree, PyTree]:
     """A tree of the shared parameters: the part that takes conjugate steps, and the rest."""
-    arrays = [x for x in zip(*map(jax.tree.leaves, (proposal.roles(), proposal.owned(), proposal)), strict=True)]
+    arrays = zip(*map(jax.tree.leaves, (proposal.roles(), proposal.owned(), proposal)), strict=True)
     kinds = [role == "conjugate" for role, own, x in arrays if eqx.is_inexact_array(x) and not own]
     params = eqx.filter(tree, eqx.is_inexact_array)
     return eqx.partition(params, jax.tree.unflatten(jax.tree.structure(params), kinds))
@@ -173,7 +187,14 @@ def _move_shared(
 
 @compiled
 def run_block(
-    state: StreamState, records: Array, batches: PyTree, rates: Rates, count: Array, target: Target, plan: StreamPlan, layout: Layout
+    state: StreamState,
+    records: Array,
+    batches: PyTree,
+    rates: Rates,
+    count: Array,
+    target: Target,
+    plan: StreamPlan,
+    layout: Layout,
 ) -> tuple[StreamState, Array, Array]:
     """The first `count` of several steps, compiled; records, batches and rates have a leading axis over steps."""
     arrays, static = eqx.partition(state, eqx.is_array)
@@ -187,3 +208,41 @@ def run_block(
     blank = jnp.full(records.shape[0], jnp.nan)
     arrays, records, values = jax.lax.fori_loop(0, count, body, (arrays, records, blank))
     return eqx.combine(arrays, static), records, values
+
+
+@compiled
+def row_bounds(
+    target: Target,
+    proposal: AbstractProposal,
+    key: Key,
+    strategies: tuple[tuple[str, AbstractStrategy], ...],
+    bound: AbstractBound,
+    samples: int,
+) -> tuple[Array, Array]:
+    """The bound, split: one number per row of a minibatch, and what belongs to no row; means over `samples` draws, in nats."""
+    closed = tuple(n for n, s in strategies if isinstance(s, Expectation))
+    local = proposal.expecting(closed) if closed else proposal
+    rows = {p.name: jnp.arange(p.batch) for p in target.plates}
+    mine = {s.name for s in target.sites if s.local is not None}
+    (plate,) = target.plates
+
+    def one(k: Key) -> tuple[Array, Array]:
+        k1, k2 = jax.random.split(k)
+        z, context = local.propose(k1)
+        views = terms_by_view(target, z, local.views())
+        each, whole = jnp.zeros(plate.batch), jnp.zeros(())
+        for factor, term in zip(target.factored.factors, viewed_terms(target, views, rows), strict=True):
+            if mine & {name for name, _ in factor.scope} or factor.shape[:1] == (plate.batch,) and not factor.scope:
+                each = each + factor.weight / plate.scale * jnp.sum(term.reshape(plate.batch, -1), 1)
+            else:
+                whole = whole + factor.weight * jnp.sum(term)
+        scales = local.scales()
+        for name, term in local.log_q(z, context, k2, bound.inner).items():
+            if name in scales:
+                each = each - jnp.sum(term.reshape(plate.batch, -1), 1)
+            else:
+                whole = whole - jnp.sum(term)
+        return each, whole
+
+    each, whole = jax.lax.map(one, jax.random.split(key, samples))
+    return jnp.mean(each, 0), jnp.mean(whole)

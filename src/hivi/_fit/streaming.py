@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +20,16 @@ from hivi._estimators.base import AbstractStrategy
 from hivi._families.base import AbstractProposal
 from hivi._fit.rows import Layout, Records, layout_of
 from hivi._fit.stream import (
-    FINAL, Rates, Schedule, StreamPlan, StreamState, free_moments, row_moments, run_block, split_rows, with_rows,
+    FINAL,
+    Rates,
+    Schedule,
+    StreamPlan,
+    StreamState,
+    free_moments,
+    row_moments,
+    run_block,
+    split_rows,
+    with_rows,
 )  # fmt: skip
 from hivi._target.base import Source, Target
 from hivi._tree import Key, PyTree
@@ -59,7 +69,7 @@ class Stream:
 
     def proposal(self, ids: np.ndarray) -> AbstractProposal:
         """The proposal of some rows."""
-        own, _ = self.layout.unpack(self.records.read(ids))
+        own, _ = self.layout.unpack(jnp.asarray(self.records.read(ids)))
         return eqx.combine(own, self.state.shared)
 
 
@@ -82,7 +92,7 @@ def advance(
     passes: int,
     *,
     strategies: dict[str, AbstractStrategy],
-    schedule: Schedule = Schedule(),
+    schedule: Schedule,
     bound: AbstractBound | None = None,
     samples: int = 1,
     rng: np.random.Generator,
@@ -162,12 +172,17 @@ def _pad(tree: PyTree, size: int) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def per_block(stream: Stream, read: Callable[[Target, AbstractProposal, Key], PyTree], key: Key) -> list[PyTree]:
-    """`read(target at the block, its proposal, key)` for every block of rows, in order, as NumPy; padding rows dropped."""
+def per_block(stream: Stream, read: Callable[..., PyTree], key: Key, *args: Any) -> list[PyTree]:
+    """`read(target at the block, its proposal, key, *args)` for every block of rows, in order, as NumPy, without padding rows."""
     out = []
     for number, ids in enumerate(stream.source.blocks()):
         batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
-        found = read(with_rows(stream.target, batch), stream.proposal(ids), jax.random.fold_in(key, number))
-        real = ids >= 0
-        out.append(jax.tree.map(lambda a, real=real: np.asarray(a)[real] if np.ndim(a) and len(a) == len(real) else np.asarray(a), found))
+        found = read(with_rows(stream.target, batch), stream.proposal(ids), jax.random.fold_in(key, number), *args)
+        out.append(jax.tree.map(functools.partial(_real, ids >= 0), found))
     return out
+
+
+def _real(real: np.ndarray, values: Array) -> np.ndarray:
+    """Only real rows of an array over rows; other arrays as they are."""
+    a = np.asarray(values)
+    return a[real] if a.ndim and len(a) == len(real) else a

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,13 +12,45 @@ from scipy.special import gammaln
 
 from hivi._space import Plate
 from hivi._target.base import Source
-from hivi.topics.base import Corpus
 from hivi.topics.kernels import Batch, Observations
 
 PLATE = "documents"
 CHUNKS = (16, 32, 64)
-SLACK = 1.05
-"""Room for batches that are a little longer than those seen so far: a new size compiles anew."""
+GRID = 1.1
+"""Sizes of a minibatch's chunks lie on a grid of this ratio: a new size compiles anew."""
+
+
+class Documents(Protocol):
+    """What a source needs of a corpus."""
+
+    @property
+    def indptr(self) -> np.ndarray:
+        """Where each document's nonzeros start."""
+
+    @property
+    def n_words(self) -> int:
+        """Size of the vocabulary."""
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents."""
+
+    def rows(self, ids: Any) -> sp.csr_array:
+        """The counts of some documents."""
+
+
+class Counts:
+    """Documents in memory whose counts may be fractions, as estimators must accept them."""
+
+    def __init__(self, counts: sp.csr_array):
+        self.counts, self.indptr, self.n_words = counts, counts.indptr, counts.shape[1]
+
+    @property
+    def n_documents(self) -> int:
+        return int(self.counts.shape[0])
+
+    def rows(self, ids: Any) -> sp.csr_array:
+        return self.counts[np.asarray(ids)]
 
 
 class CorpusSource(Source):
@@ -30,20 +64,24 @@ class CorpusSource(Source):
         corpus: the documents.
         batch: documents per minibatch, at most; fewer where that divides the corpus better.
         kind: Bernoulli data forget how often a word occurs.
+        local: for documents whose own latents alone are wanted: every pass visits all of them, in order, and the plate has
+            the size of a minibatch, whatever their number.
     """
 
-    def __init__(self, corpus: Corpus, batch: int, kind: Observations = "poisson"):
-        self.corpus, self.kind = corpus, kind
-        steps = max(1, round(corpus.n_documents / batch))
-        self.plate = Plate(PLATE, corpus.n_documents, max(1, corpus.n_documents // steps))
-        self._steps = steps
-        words = np.diff(corpus.indptr)
+    def __init__(self, corpus: Documents, batch: int, kind: Observations = "poisson", local: bool = False):
+        self.corpus, self.kind, self.local = corpus, kind, local
+        self._steps = steps = max(1, round(corpus.n_documents / batch))
+        size = batch if local else max(1, corpus.n_documents // steps)
+        self.plate = Plate(PLATE, batch if local else corpus.n_documents, size)
+        words = np.diff(np.asarray(corpus.indptr))
         self._order = np.argsort(words, kind="stable")
         mean = words.mean() if len(words) else 1.0
         self.length = next((n for n in CHUNKS if mean <= 3 * n), CHUNKS[-1])
         self._capacity = 0
 
     def passes(self, rng: np.random.Generator) -> list[np.ndarray]:
+        if self.local:
+            return self.blocks()
         batch, steps = self.plate.batch, self._steps
         left_out = rng.choice(self.plate.size, self.plate.size - batch * steps, replace=False)
         kept = self._order[~np.isin(self._order, left_out)] if len(left_out) else self._order
@@ -52,17 +90,18 @@ class CorpusSource(Source):
 
     def blocks(self) -> list[np.ndarray]:
         batch = self.plate.batch
-        full = -(-self.plate.size // batch) * batch
-        rows = np.concatenate([np.arange(self.plate.size), np.full(full - self.plate.size, -1)])
+        size = self.corpus.n_documents
+        rows = np.concatenate([np.arange(size), np.full(-size % batch, -1)])
         return list(rows.reshape(-1, batch))
 
     def load(self, batches: Sequence[np.ndarray]) -> Batch:
         loaded = [self._counts(ids) for ids in batches]
         needed = max(int(np.sum(-(-np.diff(x.indptr) // self.length))) for x in loaded)
         if needed > self._capacity:
-            self._capacity = int(np.ceil(needed * SLACK))
+            self._capacity = math.ceil(GRID ** math.ceil(math.log(max(needed, 1), GRID)))
         packed = [pack(x, self.length, self._capacity, self.kind) for x in loaded]
-        return Batch(*(np.stack(parts) for parts in zip(*packed, strict=True)))
+        stacked: Any = [np.stack(parts) for parts in zip(*packed, strict=True)]
+        return Batch(*stacked)
 
     def _counts(self, ids: np.ndarray) -> sp.csr_array:
         """The documents with these numbers; -1 is an empty document (all of them stand at the end)."""
@@ -73,6 +112,9 @@ class CorpusSource(Source):
             indptr = np.concatenate([found.indptr, np.full(missing, found.indptr[-1])])
             found = sp.csr_array((found.data, found.indices, indptr), shape=(len(ids), self.corpus.n_words))
         return found
+
+
+_FACTORIALS = gammaln(np.arange(2**16) + 1.0)
 
 
 def pack(counts: sp.csr_array, length: int, capacity: int, kind: Observations = "poisson") -> Batch:
@@ -89,9 +131,10 @@ def pack(counts: sp.csr_array, length: int, capacity: int, kind: Observations = 
     words.reshape(-1)[at] = counts.indices
     values.reshape(-1)[at] = data
     document[:total] = np.repeat(np.arange(len(per_document)), chunks)
-    constant = np.zeros(len(per_document))
+    constant: Any = np.zeros(len(per_document))
     if kind == "poisson" and counts.nnz:
-        table = gammaln(np.arange(int(counts.data.max()) + 1) + 1.0) if counts.data.max() < 2**16 else None
-        each = table[counts.data] if table is not None else gammaln(counts.data + 1.0)
+        whole = np.issubdtype(counts.data.dtype, np.integer) and counts.data.max() < 2**16
+        each = _FACTORIALS[counts.data] if whole else gammaln(counts.data + 1.0)
         constant = -np.bincount(np.repeat(np.arange(len(per_document)), per_document), each, len(per_document))
-    return Batch(words, values, document, constant.astype(np.float32))
+    arrays: Any = (words, values, document, constant.astype(np.float32))
+    return Batch(*arrays)

@@ -20,11 +20,14 @@ from hivi._locality.base import ALL, Along
 from hivi._space import Latents, Plate, Site, make_site
 from hivi._target.base import Target
 from hivi.topics.base import Corpus
-from hivi.topics.batches import PLATE, CorpusSource
+from hivi.topics.batches import PLATE, CorpusSource, Documents
 from hivi.topics.kernels import Observations, differences, layer_differences, log_likelihood, rates
 
 Latent: TypeAlias = Literal["poisson", "bernoulli", "gamma"]
 Weights: TypeAlias = Literal["gamma", "normal"]
+BATCH = 180
+"""Documents per minibatch."""
+BLOCK = 4096
 SUPPORTS = {
     "poisson": constraints.nonnegative_integer,
     "bernoulli": constraints.boolean,
@@ -133,9 +136,7 @@ def _check(name: str, value: Any, fine: bool, expected: str) -> None:
         raise TargetError(message(f"deep exponential family, {name}={value!r}", "not usable", expected, "correct it"))
 
 
-def deep_exponential_family(
-    corpus: Corpus, architecture: Architecture | None = None, *, batch: int = 180, key_words: np.ndarray | None = None
-) -> Target:
+def deep_exponential_family(corpus: Corpus, architecture: Architecture | None = None, *, batch: int = BATCH) -> Target:
     """The log-joint of a deep exponential family over a corpus, as a streamed target of the engine.
 
     With rates `eta_l = floor + w_l z_(l+1)`: x ~ Poisson(eta_0), z_l ~ Poisson(eta_l) (or Bernoulli(sigmoid(eta_l)), or
@@ -146,7 +147,6 @@ def deep_exponential_family(
         corpus: the documents.
         architecture: layers, kinds and priors; three Poisson layers if None.
         batch: documents per minibatch.
-        key_words: word frequencies for the floor, shape (words,); the corpus' own if None.
 
     Returns:
         A target for `hivi.fit`.
@@ -172,14 +172,13 @@ def deep_exponential_family(
     return build_target(architecture, source, corpus_statistics(corpus, architecture.observations))
 
 
-def corpus_statistics(corpus: Corpus, kind: Observations) -> dict[str, np.ndarray]:
+def corpus_statistics(corpus: Documents, kind: Observations) -> dict[str, np.ndarray]:
     """Smoothed word frequencies and mean document length: what priors and starts are scaled by."""
-    if kind == "bernoulli":
-        totals = np.zeros(corpus.n_words, np.int64)
-        for block in corpus.blocks():
-            totals += np.bincount(corpus.indices[corpus.indptr[block.start] : corpus.indptr[block.stop]], minlength=corpus.n_words)
-    else:
-        totals = corpus.totals()
+    totals = np.zeros(corpus.n_words)
+    for start in range(0, corpus.n_documents, BLOCK):
+        found = corpus.rows(np.arange(start, min(start + BLOCK, corpus.n_documents)))
+        weights = None if kind == "bernoulli" else found.data
+        totals += np.bincount(found.indices, weights, minlength=corpus.n_words)
     frequencies = (totals + 0.5) / (totals.sum() + 0.5 * corpus.n_words)
     return {
         "frequencies": frequencies.astype(np.float32),
@@ -195,9 +194,15 @@ def build_target(architecture: Architecture, source: CorpusSource, statistics: d
     model = _Model(architecture)
     examples = {s.name: s.example() for s in sites}
     rows = {PLATE: jnp.arange(source.plate.batch)}
-    local = {name: source.plate.scale for name in model.local_terms()}
+    local = dict.fromkeys(model.local_terms(), source.plate.scale)
     factored = factorise(
-        model.terms, examples, data, rows, scales=local, overrides=model.overrides(source.plate.scale), declared=model.declared()
+        model.terms,
+        examples,
+        data,
+        rows,
+        scales=local,
+        overrides=model.overrides(source.plate.scale),
+        declared=model.declared(),
     )
     closed = tuple(w_name(k) for k in range(architecture.depth) if model.closed(k))
     return Target(
@@ -264,12 +269,20 @@ class _Model:
         if a.latent == "gamma":
             shape = a.priors.gamma_shape
             log_z = z[name]  # density of log z: the Jacobian is part of it
-            return {f"{name}.log": shape * (log_z - jnp.log(eta)) + shape * np.log(shape) - gammaln(shape) - shape * value / eta}
+            return {
+                f"{name}.log": shape * (log_z - jnp.log(eta))
+                + shape * np.log(shape)
+                - gammaln(shape)
+                - shape * value / eta
+            }
         out = {f"{name}.log": value * jnp.log(eta), f"{name}.factorial": -gammaln(value + 1.0)}
         if top:
             return out | {f"{name}.rate": -eta}
         parents = self.value(layer + 1, z) * jnp.sum(self.weight(layer, z), 0)
-        return out | {f"{name}.rate": -parents, f"{name}.floor": jnp.full(value.shape, -a.priors.layer_floor * a.priors.level)}
+        return out | {
+            f"{name}.rate": -parents,
+            f"{name}.floor": jnp.full(value.shape, -a.priors.layer_floor * a.priors.level),
+        }
 
     def _weight_terms(self, layer: int, z: Latents, data: Any) -> dict[str, Array]:
         a, name = self.architecture, w_name(layer)
@@ -298,7 +311,11 @@ class _Model:
         a = self.architecture
         units = a.layers[layer]
         if layer == 0:
-            return (1 - min(a.priors.floor, 0.5)) * fixed["length"] / (a.priors.level * units * fixed["frequencies"].shape[0])
+            return (
+                (1 - min(a.priors.floor, 0.5))
+                * fixed["length"]
+                / (a.priors.level * units * fixed["frequencies"].shape[0])
+            )
         return jnp.asarray((1 - min(a.priors.layer_floor, 0.5)) / units)
 
     def starts(self, fixed: dict[str, Array]) -> dict[str, Array]:
@@ -312,7 +329,11 @@ class _Model:
                 out[f"b{layer}"] = jnp.full(below, -1.0)
                 out[w_name(layer)] = jnp.asarray(rng.normal(0, 0.5, (below, units)), jnp.float32)
             else:
-                noise = rng.gamma(1.0, 1.0, (below, units)) if layer == 0 else rng.gamma(0.3, 1 / 0.3, (below, units)) + 0.01
+                noise = (
+                    rng.gamma(1.0, 1.0, (below, units))
+                    if layer == 0
+                    else rng.gamma(0.3, 1 / 0.3, (below, units)) + 0.01
+                )
                 base = below * fixed["frequencies"][:, None] if layer == 0 else 1.0
                 out[w_name(layer)] = self.mean_weight(layer, fixed) * base * jnp.asarray(noise, jnp.float32)
             below = units
@@ -328,7 +349,11 @@ class _Model:
     def views(self) -> tuple[tuple[str, str], ...]:
         """Terms that are linear in e^w; the others are linear or convex in w."""
         depth = self.architecture.depth
-        names = ["x.rate", *(f"{w_name(k)}.prior rate" for k in range(depth)), *(f"{z_name(k)}.rate" for k in range(1, depth))]
+        names = [
+            "x.rate",
+            *(f"{w_name(k)}.prior rate" for k in range(depth)),
+            *(f"{z_name(k)}.rate" for k in range(1, depth)),
+        ]
         return tuple((name, "logmeanexp") for name in names)
 
     def declared(self) -> dict[str, Any]:
@@ -348,7 +373,9 @@ class _Model:
 
     def _words(self, scale: float, z: Latents, moved: Array, data: Any, rows: Any) -> Array:
         z1, to = self.value(1, z), moved.astype(jnp.result_type(float))
-        return scale * differences(self.architecture.observations, self.weight(0, z), z1, to, self.floor(data), data["rows"])
+        return scale * differences(
+            self.architecture.observations, self.weight(0, z), z1, to, self.floor(data), data["rows"]
+        )
 
     def _children(self, scale: float, layer: int, z: Latents, moved: Array, data: Any, rows: Any) -> Array:
         parents = z[z_name(layer + 1)]
