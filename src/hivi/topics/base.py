@@ -274,9 +274,12 @@ class Corpus:
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             found = f"{type(error).__name__}: {error}"
             raise CorpusError(message(str(folder), found, wanted, cure)) from None
-        if len(indices) != nonzeros:
-            raise CorpusError(message(str(folder), f"{len(indices)} counts", f"{nonzeros}, as {META} says", cure))
-        return cls(indptr, indices, counts, n_words, words, name)
+        # Files may be longer: the reader of a text file does not know beforehand how many entries will be added up.
+        if len(indices) < nonzeros or len(counts) < nonzeros:
+            raise CorpusError(
+                message(str(folder), f"{min(len(indices), len(counts))} counts", f"{nonzeros}, as {META} says", cure)
+            )
+        return cls(indptr, indices[:nonzeros], counts[:nonzeros], n_words, words, name)
 
     @functools.cached_property
     def _lengths(self) -> Int64[np.ndarray, " documents"]:
