@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -48,7 +48,7 @@ class Tokens:
     """
 
     values: Int64[np.ndarray, " tokens"]
-    first: Int64[np.ndarray, " lines+1"]
+    first: Int64[np.ndarray, " starts"]
     colon: Bool[np.ndarray, " marks"]
 
 
@@ -63,7 +63,7 @@ def shown(text: bytes) -> str:
     return repr(line if len(line) <= 60 else f"{line[:57]}...")
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     """Open a file, unpacked if it is gzip's (whatever its name).
 
     Raises:
@@ -72,7 +72,7 @@ def open_bytes(path: Path) -> IO[bytes]:
     try:
         with path.open("rb") as stream:
             packed = stream.read(2) == b"\x1f\x8b"
-        return cast(IO[bytes], gzip.open(path, "rb")) if packed else path.open("rb")
+        return gzip.open(path, "rb") if packed else path.open("rb")
     except OSError as error:
         found = f"{type(error).__name__} ({error.strerror or error})"
         raise CorpusError(message(str(path), found, "a readable file", "correct the path")) from None
