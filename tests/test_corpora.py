@@ -16,7 +16,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from hivi._errors import CorpusError
-from hivi.topics import assemble, scan
+from hivi.topics import assemble, formats, scan
 from hivi.topics.base import Corpus
 from hivi.topics.corpora import read_corpus, read_ldac, read_matrix_market, read_uci
 from hivi.topics.embedded import python_docstrings
@@ -181,6 +181,8 @@ UCI_ERRORS = [
     ("2\n3\n3\n1 1 1\n2 2 1\n", 6, "the end of the file after 2 counts; expected 3"),
     ("2\n3\n1\n1 1 1\n2 2 1\n", 5, "another line; expected the end after 1 counts"),
     ("2\n3\n99999999999\n1 1 1\n2 2 1\n", 3, "99999999999 counts in the header"),
+    ("2000000000\n3\n1\n1 1 1\n", 3, "2000000000 documents in the header"),
+    ("2\n2000000000\n1\n1 1 1\n", 3, "2000000000 words in the header"),
     (b"2\n3\n2\n1 1 1\n2 \xff 1\n", 5, r"'\\xff'"),
     (b"2\n3\n2\n1 1 1\n2 2\x00 1\n", 5, r"word"),
 ]
@@ -258,6 +260,33 @@ def test_malformed_matrix_market(tmp_path: Path, text: str, line: int, found: st
     assert found in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "text"), [("docword.x.txt", uci), ("x.ldac", ldac), ("x.mtx", market)])
+def test_fast_and_slow_parsing_agree(
+    tmp_path: Path, name: str, text: Callable[[np.ndarray], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files with a few bytes changed: the same counts, or the same message, whether or not the fast way is open."""
+    rng, whole = np.random.default_rng(0), text(counts(4, 6)).encode()
+    alphabet, refused = np.frombuffer(b"0123456789 \n\t\r:.-+x\x00\xff", np.uint8), 0
+    for _ in range(300):
+        raw = np.frombuffer(whole, np.uint8)
+        for _ in range(rng.integers(1, 3)):
+            at = rng.integers(40 if name == "x.mtx" else 6, len(raw))
+            new = rng.choice(alphabet, rng.integers(0, 3))
+            raw = np.concatenate([raw[:at], new, raw[at + rng.integers(0, 2) :]])
+        path, outcomes = write(tmp_path / name, raw.tobytes()), []
+        for fast in (True, False):
+            with monkeypatch.context() as patch:
+                if not fast:
+                    patch.setattr(formats, "tokens", lambda text, colons=False: None)
+                try:
+                    outcomes.append(read_corpus(path).to_csr().toarray().tolist())
+                except CorpusError as error:
+                    outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1], raw.tobytes()
+        refused += isinstance(outcomes[0], str)
+    assert 30 < refused < 300
+
+
 def test_broken_gzip(tmp_path: Path) -> None:
     whole = gzip.compress(uci(counts()).encode())
     path = write(tmp_path / "docword.x.txt.gz", whole[: len(whole) // 2])
@@ -273,8 +302,8 @@ def test_broken_gzip(tmp_path: Path) -> None:
 
 def test_a_file_without_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan, "BLOCK_BYTES", 100)
-    with pytest.raises(CorpusError, match="line 4: found a line of more than 100 bytes"):
-        read_uci(write(tmp_path / "docword.x.txt", "1\n1\n1\n" + "1 " * 300))
+    with pytest.raises(CorpusError, match="line 4: found a line of more than 1600 bytes"):
+        read_uci(write(tmp_path / "docword.x.txt", "1\n1\n1\n" + "1 " * 1000))
 
 
 def test_vocabularies_are_checked(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ REAL_BLOCK = 2**21
 """Bytes of a block of numbers with decimal points, which take more memory to parse."""
 SHORTEST, PACKING = 5, 1040
 """Bytes of the shortest line but its end ("1 1 1"); most that gzip packs into one byte."""
+SPARE, SPARSEST = 10**6, 1000
+"""Documents (or words) that may be empty; and how many more for each count."""
 COMMENTS = 10_000
 """Most lines of comments at the head of a Matrix Market file."""
 
@@ -217,6 +219,10 @@ def _triples(
     if nonzeros > room:
         found, expected = f"{nonzeros} counts in the header", f"at most {room}, by the size of the file"
         raise wrong(path, skip, found, expected, "correct the header, or fetch the file again")
+    for what, size in (("documents", reader.n_documents), ("words", reader.n_words)):
+        if size > SPARE + SPARSEST * nonzeros:
+            found, cure = f"{size} {what} in the header, and {nonzeros} counts", "correct the header"
+            raise wrong(path, skip, found, f"fewer than {SPARSEST} {what} per count", cure)
 
     def stream() -> Iterator[Entries]:
         seen = 0

@@ -14,8 +14,10 @@ from jaxtyping import Bool, Int64
 
 from hivi._errors import CorpusError, message
 
-BLOCK_BYTES = 2**24
-"""Bytes that are parsed at a time; also the longest line."""
+BLOCK_BYTES = 2**22
+"""Bytes that are parsed at a time."""
+LONGEST = 16
+"""A line may have so many blocks."""
 DIGITS = 18
 """A number with more digits may not fit into 64 bits."""
 COLON = ord(":")
@@ -118,9 +120,9 @@ def blocks(path: Path, skip: int = 0, size: int | None = None) -> Iterator[Block
                 yield Block(path, line, text[:end])
                 line += text.count(b"\n", 0, end)
             rest = text[end:]
-            if len(rest) > 2 * size:
+            if len(rest) > LONGEST * size:
                 cure = "check that it is a file of this format, with line ends"
-                raise wrong(path, line, f"a line of more than {size} bytes", "short lines", cure)
+                raise wrong(path, line, f"a line of more than {LONGEST * size} bytes", "short lines", cure)
         if rest.strip():
             yield Block(path, line, rest.rstrip() + b"\n")
 
