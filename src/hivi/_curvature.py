@@ -124,8 +124,8 @@ class Curvature:
                 loads.append(np.asarray(array)[number].reshape(-1))
         load = np.concatenate(loads)
         # Loadings that read the same keep the order of the coordinates.
-        order = np.argsort(-np.abs(load).round(2), kind="stable")
-        order = [k for k in order if abs(load[k]) >= LOADING * np.abs(load).max()][:PARTNERS]
+        ranked = np.argsort(-np.abs(load).round(2), kind="stable")
+        order = [k for k in ranked if abs(load[k]) >= LOADING * np.abs(load).max()][:PARTNERS]
         sides = [[f"{names[k]} ({load[k]:+.2f})" for k in order if load[k] * sign > 0] for sign in (1, -1)]
         return " against ".join(" with ".join(side) for side in sides if side)
 
@@ -326,7 +326,7 @@ def _doubt(found: Curvature) -> str:
     if slack.mean < 3 * slack.stderr or slack.mean < max(SLACK_SHARE * promise, SLACK_NATS if promise <= 0 else 0.0):
         return ""
     return (
-        f"mean-field itself still has about {slack.mean:.2g} nats to gain (gradient not zero within its noise): "
+        f"mean-field itself still has at least about {slack.mean:.2g} nats to gain (gradient not zero within its noise): "
         "fit it longer before reading the curvature"
     )
 
