@@ -50,6 +50,7 @@ class Stream:
         records: the rows' parameters and moments.
         layout: how they lie in the records.
         steps: conjugate steps done so far (their sizes fall with it).
+        settled: whether a warm-up is over.
         elbo: estimate of the bound at every step, in nats.
     """
 
@@ -58,6 +59,7 @@ class Stream:
     records: Records
     layout: Layout
     steps: int = 0
+    settled: bool = False
     elbo: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -82,7 +84,7 @@ def open_stream(target: Target, proposal: AbstractProposal, key: Key) -> Stream:
     template = np.asarray(layout.pack(tree))[0] if layout.shapes else np.zeros(0, np.float32)
     if target.source is None:
         raise FitError(message("streamed fit", "a target without a source", "a streamed target", "use hivi.fit"))
-    records = Records(target.source.plate.size, template)
+    records = Records(target.source.rows, template)
     state = StreamState(shared, free_moments(proposal), key, jnp.array(0, jnp.int32))
     return Stream(target, state, records, layout)
 

@@ -33,6 +33,11 @@ class Source(abc.ABC):
 
     plate: Plate
 
+    @property
+    @abc.abstractmethod
+    def rows(self) -> int:
+        """Number of rows that it has; the plate's size, unless only the rows' own latents are wanted."""
+
     @abc.abstractmethod
     def passes(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Row numbers of the minibatches of one pass over the data, in random order; each of the plate's batch size."""

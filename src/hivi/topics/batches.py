@@ -79,6 +79,10 @@ class CorpusSource(Source):
         self.length = next((n for n in CHUNKS if mean <= 3 * n), CHUNKS[-1])
         self._capacity = 0
 
+    @property
+    def rows(self) -> int:
+        return self.corpus.n_documents
+
     def passes(self, rng: np.random.Generator) -> list[np.ndarray]:
         if self.local:
             return self.blocks()

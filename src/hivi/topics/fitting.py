@@ -1,0 +1,301 @@
+"""Fits of deep exponential families: the engine's streamed passes in the order that this model needs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from hivi._bounds import AbstractBound, Elbo
+from hivi._estimators.auto import Auto
+from hivi._estimators.base import AbstractStrategy
+from hivi._estimators.expectation import Expectation
+from hivi._families.auxiliary import InverseFlow
+from hivi._families.base import AbstractFamily, AbstractProposal
+from hivi._families.flow import Flow
+from hivi._families.gamma import MeanFieldGamma
+from hivi._families.hierarchical import Hierarchical
+from hivi._families.mean_field import MeanField
+from hivi._families.product import build_proposal
+from hivi._fit.stream import Schedule, row_bounds, row_moments, split_rows
+from hivi._fit.streaming import Report, Stream, advance, open_stream, per_block
+from hivi._space import Site
+from hivi._target.base import Target
+from hivi._tree import Key, PyTree, compiled
+from hivi.topics.batches import CorpusSource, Documents
+from hivi.topics.model import BATCH, Architecture, build_target, corpus_statistics, w_name, z_name
+
+LOCAL_PASSES = 60
+AFTER_WARM_UP = 100.0
+"""Delay of the conjugate steps after the warm-up: they start small, from what it found."""
+SETTLED = 0.1
+"""Learning rate of the documents' parameters after the warm-up."""
+LOCAL_BATCH = 128
+
+
+def hierarchical(layers: int = 2, inverse_layers: int = 10) -> Hierarchical:
+    """The paper's family over a document's latents: a flow of length 2, an inverse flow of length 10, shared by documents."""
+    return Hierarchical(
+        prior=Flow(layers=layers), auxiliary=InverseFlow(layers=inverse_layers), spread=0.1, shared=True
+    )
+
+
+@dataclasses.dataclass
+class TopicFit:
+    """A deep exponential family being fitted.
+
+    Attributes:
+        architecture: layers, kinds, priors.
+        family: variational family of a document's latents.
+        statistics: word frequencies and mean length of the training documents.
+        stream: the engine's streamed fit: shared parameters, documents' records, history.
+        passes: passes over the data so far.
+        batch: documents per minibatch.
+    """
+
+    architecture: Architecture
+    family: AbstractFamily
+    statistics: dict[str, np.ndarray]
+    stream: Stream
+    passes: int = 0
+    batch: int = BATCH
+
+    @property
+    def elbo(self) -> np.ndarray:
+        """Estimate of the bound at every step, in nats."""
+        return np.asarray(self.stream.elbo)
+
+    def weights(self, layer: int = 0) -> Float[np.ndarray, "children parents"]:
+        """Posterior mean of the weights from latent layer `layer + 1` down, as they act in the rates."""
+        return weight_means(self.architecture, self.stream.state.shared, layer)
+
+    def floor(self) -> Float[np.ndarray, " words"]:
+        """The rate of each word that no topic explains."""
+        return self.architecture.priors.floor * self.statistics["length"] * self.statistics["frequencies"]
+
+
+class Inference(NamedTuple):
+    """What is known of some documents.
+
+    Attributes:
+        layers: posterior means of the latents, one array (documents, units) per layer.
+        bound: each document's share of the bound, in nats: E[log p(x, z) - log q(z)], under E over q of the weights.
+    """
+
+    layers: list[np.ndarray]
+    bound: np.ndarray
+
+
+def weight_family(architecture: Architecture) -> dict[str, AbstractFamily]:
+    """Site -> family of the weights: Gamma with closed forms where the model allows, else Normal in free coordinates."""
+    out: dict[str, AbstractFamily] = {}
+    for layer in range(architecture.depth):
+        closed = architecture.weights == "gamma" and (layer == 0 or architecture.latent == "poisson")
+        out[w_name(layer)] = MeanFieldGamma() if closed else MeanField()
+    return out | ({"b.*": MeanField()} if architecture.signed(1) and architecture.depth > 1 else {})
+
+
+def start(
+    documents: Documents,
+    architecture: Architecture,
+    family: AbstractFamily | None = None,
+    *,
+    key: Key,
+    batch: int = BATCH,
+    statistics: dict[str, np.ndarray] | None = None,
+) -> TopicFit:
+    """A fit before its first pass; weights start at the corpus' word frequencies, unequal between topics."""
+    family = MeanField() if family is None else family
+    statistics = corpus_statistics(documents, architecture.observations) if statistics is None else statistics
+    source = CorpusSource(documents, min(batch, documents.n_documents), architecture.observations)
+    target = build_target(architecture, source, statistics)
+    k1, k2 = jax.random.split(key)
+    stream = open_stream(target, proposal_for(target, architecture, family, k1), k2)
+    return TopicFit(architecture, family, statistics, stream, batch=batch)
+
+
+def proposal_for(target: Target, architecture: Architecture, family: AbstractFamily, key: Key) -> AbstractProposal:
+    """The starting proposal of one minibatch."""
+    families = {**weight_family(architecture), "z.*": family}
+    return build_proposal(families, _of_a_batch(target.sites), key).near(target.starts)
+
+
+def _of_a_batch(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    return tuple(s if s.local is None else dataclasses.replace(s, shape=s.batch_shape) for s in sites)
+
+
+def strategies(target: Target, proposal: AbstractProposal, plug_in: bool = False) -> dict[str, AbstractStrategy]:
+    """`Auto`'s choice; in the warm-up, closed forms are plugged in."""
+    chosen = Auto().resolve(target, proposal, Elbo())
+    return {n: Expectation(plug_in=plug_in) if isinstance(s, Expectation) else s for n, s in chosen.items()}
+
+
+def train(
+    fit: TopicFit,
+    passes: int,
+    *,
+    rng: np.random.Generator,
+    warm_up: int = 0,
+    samples: int = 1,
+    report: Report | None = None,
+) -> TopicFit:
+    """Passes over the corpus: first `warm_up` with point estimates of the weights, then with their posterior.
+
+    Args:
+        fit: where to go on from; it is moved on.
+        passes: all passes, warm-up included.
+        rng: order of the documents.
+        warm_up: passes of the warm-up; only weights with closed forms have one.
+        samples: draws of the latents per step.
+        report: called with (steps done, of, bound).
+    """
+    proposal = fit.stream.proposal(fit.stream.source.blocks()[0])
+    closed = proposal_closed(fit)
+    for count, plug_in in ((warm_up if closed else 0, True), (passes - (warm_up if closed else 0), False)):
+        if count <= 0:
+            continue
+        settled = not plug_in and fit.passes > 0
+        if settled and not fit.stream.settled:
+            fit.stream.steps, fit.stream.settled = 0, True
+        schedule = Schedule(rows=SETTLED, delay=AFTER_WARM_UP) if settled else Schedule()
+        chosen = strategies(fit.stream.target, proposal, plug_in)
+        advance(fit.stream, count, strategies=chosen, schedule=schedule, samples=samples, rng=rng, report=report)
+        fit.passes += count
+    return fit
+
+
+def proposal_closed(fit: TopicFit) -> bool:
+    """Whether some weights have closed forms."""
+    return any(isinstance(f, MeanFieldGamma) for f in weight_family(fit.architecture).values())
+
+
+def grow(fit: TopicFit, family: AbstractFamily, *, key: Key) -> TopicFit:
+    """A fit of a hierarchical family that starts at a mean-field fit's optimum: same weights, lambda narrow around its own."""
+    target = fit.stream.target
+    k1, k2 = jax.random.split(key)
+    fresh = proposal_for(target, fit.architecture, family, k1)
+    grown = open_stream(target, fresh, k2)
+    for ids in fit.stream.source.blocks():
+        lam = fit.stream.proposal(ids).parameters()
+        own, _ = split_rows(_grown(fresh, lam))
+        grown.records.write(ids, np.asarray(grown.layout.pack((own, row_moments(own)))))
+    grown.state = dataclasses.replace(grown.state, shared=_with_weights(grown.state.shared, fit.stream.state.shared))
+    grown.steps, grown.settled = fit.stream.steps, fit.stream.settled
+    return TopicFit(fit.architecture, family, fit.statistics, grown, fit.passes, fit.batch)
+
+
+def _grown(proposal: PyTree, lam: dict[str, Array]) -> PyTree:
+    parts = tuple(p.grown(lam) if p.sites[0].local is not None else p for p in proposal.parts)
+    return eqx.tree_at(lambda p: p.parts, proposal, parts)
+
+
+def _with_weights(shared: PyTree, trained: PyTree) -> PyTree:
+    """The shared parameters with the weights of another fit."""
+    known = {tuple(s.name for s in p.sites): p for p in trained.parts}
+    parts = []
+    for p in shared.parts:
+        names = tuple(s.name for s in p.sites)
+        parts.append(known[names] if p.sites[0].local is None else p)
+    return eqx.tree_at(lambda p: p.parts, shared, tuple(parts))
+
+
+def infer(
+    fit: TopicFit,
+    documents: Documents,
+    *,
+    key: Key,
+    passes: int = LOCAL_PASSES,
+    samples: int = 16,
+    bound: AbstractBound | None = None,
+) -> Inference:
+    """Latents of documents, seen or new: their own parameters are fitted with everything else as it is.
+
+    Args:
+        fit: the trained model.
+        documents: any documents over its vocabulary.
+        key: a JAX random key.
+        passes: gradient steps per document.
+        samples: draws per document for the bound, and for posterior means that have no closed form.
+        bound: which bound; `Elbo()` if None.
+    """
+    k1, k2, k3 = jax.random.split(key, 3)
+    a = fit.architecture
+    size = 1
+    while size < min(documents.n_documents, LOCAL_BATCH):
+        size *= 2
+    source = CorpusSource(documents, size, a.observations, local=True)
+    target = build_target(a, source, fit.statistics)
+    proposal = proposal_for(target, a, fit.family, k1)
+    stream = open_stream(target, proposal, k2)
+    leaves = jax.tree.leaves(fit.stream.state.shared)
+    shared = jax.tree.unflatten(jax.tree.structure(stream.state.shared), leaves)
+    stream.state = dataclasses.replace(stream.state, shared=shared)
+    chosen = strategies(target, proposal)
+    schedule = Schedule(shared=False)
+    advance(stream, passes, strategies=chosen, schedule=schedule, rng=np.random.default_rng(0))
+    return read(stream, a, chosen, key=k3, samples=samples, bound=bound)
+
+
+def read(
+    stream: Stream,
+    architecture: Architecture,
+    chosen: dict[str, AbstractStrategy],
+    *,
+    key: Key,
+    samples: int = 16,
+    bound: AbstractBound | None = None,
+) -> Inference:
+    """Posterior means and bounds of all documents of a stream, as their parameters are now."""
+    lean = tuple(chosen.items())
+    found = per_block(
+        stream,
+        lambda target, proposal, k: (
+            row_bounds(target, proposal, k, lean, Elbo() if bound is None else bound, samples)[0],
+            latent_means(proposal, k, architecture, samples),
+        ),
+        key,
+    )
+    layers = [np.concatenate([means[z_name(k)] for _, means in found]) for k in range(1, architecture.depth + 1)]
+    return Inference(layers, np.concatenate([each for each, _ in found]).astype(np.float64))
+
+
+@compiled
+def latent_means(proposal: AbstractProposal, key: Key, architecture: Architecture, samples: int) -> dict[str, Array]:
+    """E[z] of every layer under q, in the model's own space: over draws of lambda, exact given lambda."""
+
+    def one(k: Key) -> dict[str, Array]:
+        _, context = proposal.propose(k)
+        out = {}
+        for name, c in proposal.conditionals(context).items():
+            if not name.startswith("z"):
+                continue
+            if architecture.latent == "gamma":
+                out[name] = jnp.exp(c.lam[..., 0] + 0.5 * jnp.exp(2 * c.lam[..., 1]))
+            else:
+                out[name] = (
+                    jnp.exp(c.lam[..., 0]) if architecture.latent == "poisson" else jax.nn.sigmoid(c.lam[..., 0])
+                )
+        return out
+
+    return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(one, jax.random.split(key, samples)))
+
+
+def weight_means(architecture: Architecture, shared: PyTree, layer: int) -> np.ndarray:
+    """E[w] as it acts, of one layer, from the shared parameters of a proposal."""
+    name = w_name(layer)
+    part = next(p for p in shared.parts if name in {s.name for s in p.sites})
+    if part.closed_form:
+        return np.asarray(part.means()[name])
+    location, log_scale = np.moveaxis(np.asarray(part.lam[name], np.float64), -1, 0)
+    if architecture.signed(layer):
+        return location.astype(np.float32)
+    if architecture.weights == "gamma":
+        return np.exp(location + 0.5 * np.exp(2 * log_scale)).astype(np.float32)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(21)
+    points = location[..., None] + np.exp(log_scale)[..., None] * nodes
+    return (np.logaddexp(0, points) @ (weights / weights.sum())).astype(np.float32)
