@@ -52,9 +52,8 @@ class Hierarchical(AbstractFamily):
             `hivi.curvature(fit)` returns also serves: it grows from that fit, along the directions found.
         spread: multiplies the standard deviation of lambda at the start.
         along: directions of lambda that start wider, where `start` is a fit: what `hivi.curvature(fit)` returns. Priors
-            `FullRank()` and planar `Flow()` start along them, with `Linearised()` as auxiliary if that is None, up to 256
-            parameters; others start from the fit alone.
-
+            `FullRank()` starts along them (up to 256 parameters, or with an auxiliary of its own), a planar `Flow()` leans
+            towards the first of them; others start from the fit alone.
         shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
             location and scale of lambda; otherwise each row has all parameters for itself.
 
@@ -81,7 +80,7 @@ class Hierarchical(AbstractFamily):
         extra = self._extra(link)
         if extra is not None:
             prior = prior.stretch(extra * self.spread)
-        auxiliary = self._auxiliary(link, extra is not None).build(link, prior, k2)
+        auxiliary = self._auxiliary(link).build(link, prior, k2)
         return HierarchicalProposal(sites, prior, auxiliary, self.shared)
 
     def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
@@ -116,7 +115,7 @@ class Hierarchical(AbstractFamily):
         found = self._directions()
         if found is None or not any(s.name in found.vectors for s in link.sites):
             return None
-        if link.dim > DENSE_LIMIT and self.auxiliary is None:
+        if link.dim > DENSE_LIMIT and self.auxiliary is None and type(self.prior) is FullRank:
             return None  # the auxiliary of so many parameters is factorised, and would cost more than the start gains
         count, parts = found.spread.shape[-1], []
         for s in link.sites:
@@ -134,16 +133,14 @@ class Hierarchical(AbstractFamily):
             parts.append(part.reshape(count, -1))
         return jnp.concatenate(parts, 1) * found.spread[:, None]
 
-    def _auxiliary(self, link: Link, along: bool) -> AbstractAuxiliary:
+    def _auxiliary(self, link: Link) -> AbstractAuxiliary:
         if self.auxiliary is not None:
             return self.auxiliary
         choices: dict[type, AbstractAuxiliary] = {Mixture: Component()}
         if link.dim <= DENSE_LIMIT:
             choices[FullRank] = Linearised()
         if type(self.prior) is Flow:
-            # A factorised r cannot follow a stretched prior: it starts below mean-field, and often diverges.
-            stretched = along and self.prior.kind == "planar"
-            choices[Flow] = Linearised() if stretched else InverseFlow(2 * self.prior.layers, self.prior.kind)
+            choices[Flow] = InverseFlow(2 * self.prior.layers, self.prior.kind)
         return choices.get(type(self.prior), InverseFlow())
 
     def _from_scratch(self, link: Link, key: Key) -> tuple[Array, Array]:
