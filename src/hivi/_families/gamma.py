@@ -15,6 +15,9 @@ from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, value_zero
 
 
+SMALL_SHAPE = 0.01
+
+
 class MeanFieldGamma(AbstractFamily):
     """Independent Gamma variables over positive sites: q(w) = prod Gamma(shape_i, rate_i).
 
@@ -66,8 +69,14 @@ class GammaProposal(AbstractProposal):
     plug_in: bool = eqx.field(static=True, default=False)
 
     def near(self, means: dict[str, Array]) -> GammaProposal:
-        rate = {n: self.shape[n] / means[n] if n in means else r for n, r in self.rate.items()}
-        return dataclasses.replace(self, rate=rate)
+        """Means as given, with one rate per site: a rate that follows tiny means would swamp the first conjugate step."""
+        shape, rate = dict(self.shape), dict(self.rate)
+        for s in self.sites:
+            if s.name in means:
+                average = jnp.mean(means[s.name])
+                shape[s.name] = jnp.maximum(means[s.name] / average, SMALL_SHAPE)
+                rate[s.name] = jnp.full(s.shape, 1 / average)
+        return dataclasses.replace(self, shape=shape, rate=rate)
 
     def means(self) -> dict[str, Array]:
         """E[w] of every site."""
@@ -84,13 +93,13 @@ class GammaProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         """Log density in log coordinates; in closed form its expectation, whose gradient is the natural one."""
-        if self.closed and self.plug_in:
-            return {}
         out = {}
         exp = self.views()["logmeanexp"] if self.closed else z
         for s in self.sites:
             a, b = (jax.lax.stop_gradient(x[s.name]) if self.closed else x[s.name] for x in (self.shape, self.rate))
-            out[f"q({s.name})"] = a * z[s.name] - b * jnp.exp(exp[s.name]) + a * jnp.log(b) - log_gamma(a)
+            linear = a * z[s.name] - b * jnp.exp(exp[s.name])
+            # Plugged in, q has no entropy; the gradient of its linear part still turns a natural step into a conjugate one.
+            out[f"q({s.name})"] = value_zero(linear) if self.plug_in else linear + a * jnp.log(b) - log_gamma(a)
         return out
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:

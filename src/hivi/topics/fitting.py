@@ -28,7 +28,7 @@ from hivi._space import Site
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, compiled
 from hivi.topics.batches import CorpusSource, Documents
-from hivi.topics.model import BATCH, Architecture, build_target, corpus_statistics, w_name, z_name
+from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 
 LOCAL_PASSES = 60
 AFTER_WARM_UP = 100.0
@@ -76,7 +76,8 @@ class TopicFit:
 
     def floor(self) -> Float[np.ndarray, " words"]:
         """The rate of each word that no topic explains."""
-        return self.architecture.priors.floor * self.statistics["length"] * self.statistics["frequencies"]
+        fixed = self.statistics
+        return np.asarray(background(self.architecture.priors, fixed["frequencies"], fixed["length"]))
 
 
 class Inference(NamedTuple):

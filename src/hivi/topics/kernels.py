@@ -43,7 +43,10 @@ def _pad(z: Array) -> Array:
 
 @jax.custom_vjp
 def rates(
-    weights: Float[Array, "words topics"], z: Float[Array, "documents topics"], floor: Float[Array, " words"], batch: Batch
+    weights: Float[Array, "words topics"],
+    z: Float[Array, "documents topics"],
+    floor: Float[Array, " words"],
+    batch: Batch,
 ) -> Float[Array, "chunks length"]:
     """Rate at every nonzero."""
     padded = _pad(z)

@@ -28,6 +28,8 @@ Weights: TypeAlias = Literal["gamma", "normal"]
 BATCH = 180
 """Documents per minibatch."""
 BLOCK = 4096
+UNIFORM = 0.5
+"""Share of the background that is spread evenly over the vocabulary: rare words occur in new company."""
 SUPPORTS = {
     "poisson": constraints.nonnegative_integer,
     "bernoulli": constraints.boolean,
@@ -211,6 +213,11 @@ def build_target(architecture: Architecture, source: CorpusSource, statistics: d
     )  # fmt: skip
 
 
+def background(priors: Priors, frequencies: Array, length: Array) -> Array:
+    """The rate of each word that no topic explains, (words,)."""
+    return priors.floor * length * (UNIFORM / frequencies.shape[0] + (1 - UNIFORM) * frequencies)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Model:
     """The terms of log p, and what the engine is told about them."""
@@ -235,8 +242,7 @@ class _Model:
         return jnp.exp(v) if self.architecture.latent == "gamma" else v.astype(jnp.result_type(float))
 
     def floor(self, data: Any) -> Array:
-        fixed = data["fixed"]
-        return self.architecture.priors.floor * fixed["length"] * fixed["frequencies"]
+        return background(self.architecture.priors, data["fixed"]["frequencies"], data["fixed"]["length"])
 
     def eta(self, layer: int, z: Latents) -> Array:
         """Natural or mean parameter of latent layer `layer` given the one above, (documents, units)."""
