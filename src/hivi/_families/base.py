@@ -68,6 +68,14 @@ class AbstractProposal(eqx.Module):
         """The proposal for one minibatch: `rows` holds the row numbers of every subsampled plate."""
         return self
 
+    def given(self, features: Array | None) -> AbstractProposal:
+        """The proposal for rows with these features (rows, features); itself, unless it is amortised."""
+        return self
+
+    def centre(self) -> Latents:
+        """A central value of the sites, in engine coordinates, of families that have one at no cost; no gradient."""
+        return {}
+
     def near(self, means: dict[str, Array]) -> AbstractProposal:
         """The proposal moved to these means (in the model's own space, per site; one row for a local site)."""
         return self
@@ -270,6 +278,14 @@ class AbstractFamily(eqx.Module):
 
     def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
         """The family for one row of the sites' subsampled plate."""
+        return self
+
+    def over_rows(self, rows: AbstractProposal, key: Key) -> AbstractProposal:
+        """What becomes of this family's proposal over the rows of a plate: itself, unless it is amortised."""
+        return rows
+
+    def inner(self) -> AbstractFamily:
+        """The family of a row: itself, unless it is amortised."""
         return self
 
     def native_plates(self) -> bool:

@@ -14,7 +14,6 @@ from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, value_zero
 
-
 SMALL_SHAPE = 0.01
 
 
@@ -77,6 +76,9 @@ class GammaProposal(AbstractProposal):
                 shape[s.name] = jnp.maximum(means[s.name] / average, SMALL_SHAPE)
                 rate[s.name] = jnp.full(s.shape, 1 / average)
         return dataclasses.replace(self, shape=shape, rate=rate)
+
+    def centre(self) -> Latents:
+        return {n: jax.lax.stop_gradient(jnp.log(m)) for n, m in self.means().items()}
 
     def means(self) -> dict[str, Array]:
         """E[w] of every site."""

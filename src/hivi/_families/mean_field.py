@@ -70,6 +70,9 @@ class MeanFieldProposal(AbstractProposal):
     def parameters(self) -> dict[str, Array]:
         return self.lam
 
+    def centre(self) -> Latents:
+        return {s.name: jax.lax.stop_gradient(self.lam[s.name][..., 0]) for s in self.sites if not s.discrete}
+
     def near(self, means: dict[str, Array]) -> MeanFieldProposal:
         known = {s.name: s for s in self.sites if s.name in means}
         moved = {n: likelihood(s).near(self.lam[n], s.unconstrained_mean(means[n])) for n, s in known.items()}

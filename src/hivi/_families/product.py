@@ -34,7 +34,13 @@ def build_proposal(
     parts = []
     for k, (member, group) in zip(jax.random.split(key, len(groups)), groups, strict=True):
         for k2, (plate, some) in zip(jax.random.split(k, len(group)), _by_plate(member, group).items(), strict=False):
-            parts.append(member.build(some, k2) if plate is None else _rows(member, some, plate, k2))
+            k3, k4 = jax.random.split(k2)
+            if member.inner() is not member:  # amortised
+                one = member.inner()
+                rows = one.build(some, k3) if one.native_plates() or plate is None else _rows(one, some, plate, k3)
+                parts.append(member.over_rows(rows, k4))
+            else:
+                parts.append(member.build(some, k2) if plate is None else _rows(member, some, plate, k2))
     return parts[0] if len(parts) == 1 else ProductProposal(tuple(s for p in parts for s in p.sites), tuple(parts))
 
 
@@ -287,6 +293,12 @@ class ProductProposal(AbstractProposal):
 
     def near(self, means: dict[str, Array]) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.near(means) for p in self.parts))
+
+    def given(self, features: Array | None) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.given(features) for p in self.parts))
+
+    def centre(self) -> Latents:
+        return {n: v for p in self.parts for n, v in p.centre().items()}
 
     def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.expecting(sites, plug_in) for p in self.parts))

@@ -33,7 +33,7 @@ class Records:
         if rows * self.width * 4 <= IN_MEMORY:
             self._table = np.tile(self.template, (rows, 1))
         else:
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the records
 
     def read(self, ids: np.ndarray) -> Float[np.ndarray, "ids width"]:
         """Records of rows; -1 reads as the template."""

@@ -106,10 +106,16 @@ def free_moments(proposal: AbstractProposal) -> PyTree:
     return _free_adam().init(conjugate(proposal, split_rows(proposal)[1])[1])
 
 
+def conditioned(target: Target, proposal: AbstractProposal) -> AbstractProposal:
+    """The proposal of this minibatch: an inference network, if there is one, has read its rows."""
+    features = None if target.features is None else target.features(proposal.centre(), target.data)
+    return proposal.given(features)
+
+
 def row_moments(own: PyTree) -> PyTree:
     """Adam's moments, with a step count per row."""
     arrays = eqx.filter(own, eqx.is_inexact_array)
-    return jax.vmap(_adam().init)(arrays)
+    return jax.vmap(_adam().init)(arrays) if jax.tree.leaves(arrays) else None
 
 
 def visit(
@@ -122,7 +128,7 @@ def visit(
     rows = {p.name: jnp.arange(p.batch) for p in target.plates}
 
     def objective(free: tuple[PyTree, PyTree]) -> tuple[Array, None]:
-        proposal = eqx.combine(*free)
+        proposal = conditioned(here, eqx.combine(*free))
         return estimate(proposal, here, dict(plan.strategies), plan.bound, now, plan.samples, rows)[0], None
 
     (value, _), gradient = eqx.filter_value_and_grad(objective, has_aux=True)((own, state.shared))
@@ -130,10 +136,11 @@ def visit(
     natural = proposal.natural(eqx.combine(*gradient))
     ok = jnp.isfinite(value) & finite(natural)
     natural_own, natural_shared = split_gradient(proposal, natural)
-    updates, moments = jax.vmap(_adam().update)(natural_own, own_moments)
-    pace = row_pace(proposal)
-    moved = jax.tree.map(lambda p, u, m: p + rates.rows * m * u, own, updates, pace)
-    records = jnp.where(ok, layout.pack((moved, moments)), records)
+    if layout.shapes:
+        updates, moments = jax.vmap(_adam().update)(natural_own, own_moments)
+        pace = row_pace(proposal)
+        moved = jax.tree.map(lambda p, u, m: p + rates.rows * m * u, own, updates, pace)
+        records = jnp.where(ok, layout.pack((moved, moments)), records)
     shared, shared_moments = state.shared, state.moments
     if plan.moves_shared:
         new_shared, new_moments = _move_shared(state, proposal, natural_shared, rates)
@@ -221,6 +228,7 @@ def row_bounds(
 ) -> tuple[Array, Array]:
     """The bound, split: one number per row of a minibatch, and what belongs to no row; means over `samples` draws, in nats."""
     closed = tuple(n for n, s in strategies if isinstance(s, Expectation))
+    proposal = conditioned(target, proposal)
     local = proposal.expecting(closed) if closed else proposal
     rows = {p.name: jnp.arange(p.batch) for p in target.plates}
     mine = {s.name for s in target.sites if s.local is not None}
@@ -232,7 +240,7 @@ def row_bounds(
         views = terms_by_view(target, z, local.views())
         each, whole = jnp.zeros(plate.batch), jnp.zeros(())
         for factor, term in zip(target.factored.factors, viewed_terms(target, views, rows), strict=True):
-            if mine & {name for name, _ in factor.scope} or factor.shape[:1] == (plate.batch,) and not factor.scope:
+            if mine & {name for name, _ in factor.scope} or (factor.shape[:1] == (plate.batch,) and not factor.scope):
                 each = each + factor.weight / plate.scale * jnp.sum(term.reshape(plate.batch, -1), 1)
             else:
                 whole = whole + factor.weight * jnp.sum(term)

@@ -112,12 +112,12 @@ def advance(
     before = int(stream.state.skipped)
     for ids, batches in _prefetched(stream.source, _blocks(stream.source, passes, rng)):
         count = len(ids)
-        records = stream.records.read(ids.reshape(-1)).reshape(*ids.shape, -1)
+        records = stream.records.read(ids.reshape(-1)).reshape(*ids.shape, stream.records.width)
         rates = _rates(schedule, stream.steps, done, total, count)
         padded = _pad((records, batches, rates), _block_size(per_pass))
         state, moved, values = run_block(stream.state, *padded, jnp.array(count), lean, plan, stream.layout)
         moved = np.asarray(moved)[:count]
-        stream.records.write(ids.reshape(-1), moved.reshape(-1, stream.records.width))
+        stream.records.write(ids.reshape(-1), moved.reshape(ids.size, stream.records.width))
         stream.state = state
         stream.elbo += np.asarray(values)[:count].tolist()
         done += count

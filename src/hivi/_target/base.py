@@ -71,6 +71,7 @@ class Target(eqx.Module):
             convex in w (where E[w] gives a lower bound, by Jensen's inequality).
         views: pairs (term, "mean" or "logmeanexp"): at which mean of those sites a term is evaluated; "mean" if unlisted.
         starts: site -> mean in the model's own space at which a fit starts, or one row of it for a local site.
+        features: (central values of global sites, data) -> features of the rows, for inference networks; no gradient.
     """
 
     name: str = eqx.field(static=True)
@@ -84,6 +85,7 @@ class Target(eqx.Module):
     closed: tuple[str, ...] = eqx.field(static=True, default=())
     views: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
     starts: dict[str, Array] = eqx.field(default_factory=dict)
+    features: Callable[[Latents, PyTree], Array] | None = eqx.field(static=True, default=None)
 
     def site(self, name: str) -> Site:
         """The site of that name.

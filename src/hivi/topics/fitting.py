@@ -15,6 +15,7 @@ from hivi._bounds import AbstractBound, Elbo
 from hivi._estimators.auto import Auto
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.expectation import Expectation
+from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import InverseFlow
 from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._families.flow import Flow
@@ -22,7 +23,7 @@ from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.product import build_proposal
-from hivi._fit.stream import Schedule, row_bounds, row_moments, split_rows
+from hivi._fit.stream import Schedule, conditioned, row_bounds, row_moments, split_rows
 from hivi._fit.streaming import Report, Stream, advance, open_stream, per_block
 from hivi._space import Site
 from hivi._target.base import Target
@@ -33,9 +34,16 @@ from hivi.topics.model import BATCH, Architecture, background, build_target, cor
 LOCAL_PASSES = 60
 AFTER_WARM_UP = 100.0
 """Delay of the conjugate steps after the warm-up: they start small, from what it found."""
-SETTLED = 0.1
+SETTLED = 0.3
 """Learning rate of the documents' parameters after the warm-up."""
 LOCAL_BATCH = 128
+
+
+def amortised(architecture: Architecture, family: AbstractFamily | None = None, hidden: int = 128) -> Amortised:
+    """An inference network instead of parameters per document, over mean-field or `hierarchical()`."""
+    first = architecture.layers[0]
+    skip = first if architecture.latent == "poisson" else 0
+    return Amortised(MeanField() if family is None else family, features=first + 1, hidden=hidden, skip=skip)
 
 
 def hierarchical(layers: int = 2, inverse_layers: int = 10) -> Hierarchical:
@@ -132,7 +140,7 @@ def _of_a_batch(sites: tuple[Site, ...]) -> tuple[Site, ...]:
 
 def strategies(target: Target, proposal: AbstractProposal, plug_in: bool = False) -> dict[str, AbstractStrategy]:
     """`Auto`'s choice; in the warm-up, closed forms are plugged in."""
-    chosen = Auto().resolve(target, proposal, Elbo())
+    chosen = Auto().resolve(target, conditioned(target, proposal), Elbo())
     return {n: Expectation(plug_in=plug_in) if isinstance(s, Expectation) else s for n, s in chosen.items()}
 
 
@@ -238,7 +246,8 @@ def infer(
     stream.state = dataclasses.replace(stream.state, shared=shared)
     chosen = strategies(target, proposal)
     schedule = Schedule(shared=False)
-    advance(stream, passes, strategies=chosen, schedule=schedule, rng=np.random.default_rng(0))
+    if not isinstance(fit.family, Amortised):
+        advance(stream, passes, strategies=chosen, schedule=schedule, rng=np.random.default_rng(0))
     return read(stream, a, chosen, key=k3, samples=samples, bound=bound)
 
 
@@ -257,7 +266,7 @@ def read(
         stream,
         lambda target, proposal, k: (
             row_bounds(target, proposal, k, lean, Elbo() if bound is None else bound, samples)[0],
-            latent_means(proposal, k, architecture, samples),
+            latent_means(target, proposal, k, architecture, samples),
         ),
         key,
     )
@@ -266,8 +275,11 @@ def read(
 
 
 @compiled
-def latent_means(proposal: AbstractProposal, key: Key, architecture: Architecture, samples: int) -> dict[str, Array]:
+def latent_means(
+    target: Target, proposal: AbstractProposal, key: Key, architecture: Architecture, samples: int
+) -> dict[str, Array]:
     """E[z] of every layer under q, in the model's own space: over draws of lambda, exact given lambda."""
+    proposal = conditioned(target, proposal)
 
     def one(k: Key) -> dict[str, Array]:
         _, context = proposal.propose(k)

@@ -21,13 +21,14 @@ from hivi._space import Latents, Plate, Site, make_site
 from hivi._target.base import Target
 from hivi.topics.base import Corpus
 from hivi.topics.batches import PLATE, CorpusSource, Documents
-from hivi.topics.kernels import Observations, differences, layer_differences, log_likelihood, rates
+from hivi.topics.kernels import Observations, differences, layer_differences, log_factor, log_likelihood, rates
 
 Latent: TypeAlias = Literal["poisson", "bernoulli", "gamma"]
 Weights: TypeAlias = Literal["gamma", "normal"]
 BATCH = 180
 """Documents per minibatch."""
 BLOCK = 4096
+FEATURE_UPDATES, LEAST = 3, 1e-3
 UNIFORM = 0.5
 """Share of the background that is spread evenly over the vocabulary: rare words occur in new company."""
 SUPPORTS = {
@@ -209,11 +210,11 @@ def build_target(architecture: Architecture, source: CorpusSource, statistics: d
     closed = tuple(w_name(k) for k in range(architecture.depth) if model.closed(k))
     return Target(
         "deep exponential family", sites, factored, data, (source.plate,), source=source, closed=closed, views=model.views(),
-        starts=model.starts(fixed),
+        starts=model.starts(fixed), features=model.features,
     )  # fmt: skip
 
 
-def background(priors: Priors, frequencies: Array, length: Array) -> Array:
+def background(priors: Priors, frequencies: Any, length: Any) -> Any:
     """The rate of each word that no topic explains, (words,)."""
     return priors.floor * length * (UNIFORM / frequencies.shape[0] + (1 - UNIFORM) * frequencies)
 
@@ -344,6 +345,20 @@ class _Model:
                 out[w_name(layer)] = self.mean_weight(layer, fixed) * base * jnp.asarray(noise, jnp.float32)
             below = units
         return out
+
+    def features(self, weights: Latents, data: Any) -> Array:
+        """Of each document: log of the first layer's values by a few multiplicative updates (Lee & Seung 2001), log length."""
+        w0, batch, floor = self.weight(0, weights), data["rows"], self.floor(data)
+        total, level = jnp.sum(w0, 0), self.architecture.priors.level
+        documents = batch.constant.shape[0]
+        z = jnp.full((documents, w0.shape[1]), level)
+        for _ in range(FEATURE_UPDATES):
+            rate, back = jax.vjp(lambda v: rates(w0, v, floor, batch), z)
+            residual = batch.counts * jax.grad(lambda r: jnp.sum(log_factor(self.architecture.observations, r)))(rate)
+            z = z * back(residual)[0] / total
+        length = jnp.zeros(documents + 1).at[batch.document].add(jnp.sum(batch.counts, -1))[:-1]
+        found = jnp.concatenate([jnp.log(z + LEAST), jnp.log1p(length)[:, None]], 1)
+        return jax.lax.stop_gradient(found)
 
     def local_terms(self) -> list[str]:
         """Names of the terms with one element, or row, per document."""
