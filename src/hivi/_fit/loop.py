@@ -31,6 +31,7 @@ from hivi._fit.progress import Bar
 from hivi._fit.result import Fit
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.stopping import MAX_LOST, collapsed, levelled
+from hivi._fit.streamed import fit_streamed, refuse_streamed
 from hivi._space import Latents
 from hivi._target.base import Target, check_start
 from hivi._tree import Key, compiled, finite
@@ -50,7 +51,7 @@ def fit(
     *,
     key: Key,
     steps: int = 10_000,
-    samples: int = 16,
+    samples: int | None = None,
     bound: AbstractBound | None = None,
     estimator: AbstractEstimator | AbstractStrategy | Mapping[str, AbstractStrategy] | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -69,7 +70,8 @@ def fit(
         family: a family, or a dict from site name or pattern to family; None chooses by the supports (`default_family`).
         key: a JAX random key; the same key gives the same fit.
         steps: the most gradient steps.
-        samples: Monte Carlo estimates of the bound per step; 2 or more give score gradients their baseline.
+        samples: Monte Carlo estimates of the bound per step; 2 or more give score gradients their baseline. 16 if None, but 1
+            for a streamed target.
         bound: `Elbo()` if None.
         estimator: `Auto()` if None; or one strategy, or a dict from site to strategy.
         optimizer: any Optax optimiser (it minimises the negative bound); None takes Adam with warm-up, and with a cosine
@@ -98,7 +100,15 @@ def fit(
         True
     """
     began = time.monotonic()
+    if samples is None:
+        samples = 16 if target.source is None else 1
     _check_counts(steps, samples)
+    if target.source is not None:
+        refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
+        return fit_streamed(
+            target, family, key=key, steps=steps, samples=samples, bound=Elbo() if bound is None else bound,
+            estimator=_resolve(estimator), learning_rate=learning_rate, progress=progress,
+        )  # fmt: skip
     chosen_for_them = family is None and start is None
     if family is None:
         family = default_family(target) if start is None else start.family

@@ -20,6 +20,7 @@ from hivi._estimators.surrogate import log_weights
 from hivi._families.base import AbstractProposal
 from hivi._families.product import build_proposal
 from hivi._fit import store
+from hivi._fit.rowwise import streamed_bounds
 from hivi._space import Latents, Site, constrain
 from hivi._target.base import Target
 from hivi._tree import Key, compiled
@@ -72,12 +73,13 @@ class Fit:
         steps = len(self.history["step"])
         return f"Fit({type(self.proposal).__name__}, {steps} steps, converged={self.converged}: {self.message})"
 
-    def elbo(self, key: Key, samples: int = 4096, bound: AbstractBound | None = None) -> Estimate:
+    def elbo(self, key: Key, samples: int | None = None, bound: AbstractBound | None = None) -> Estimate:
         """The bound that was optimised (or another), estimated afresh.
 
         Args:
             key: a JAX random key.
-            samples: number of independent estimates of the bound, at least 2.
+            samples: number of independent estimates of the bound, at least 2; 4096 if None, but 8 for a streamed target,
+                where each visits all rows.
             bound: another bound, for example `ImportanceWeighted(outer=1, inner=64)` for a tighter one.
 
         Returns:
@@ -90,9 +92,16 @@ class Fit:
             raise FitError(
                 message("Fit.elbo", "a run loaded without its target", "the target", "hivi.load(folder, target=target)")
             )
+        source = self.target.source
+        samples = samples if samples is not None else (4096 if source is None else 8)
         if samples < 2:
             raise FitError(message("Fit.elbo(samples=...)", str(samples), "at least 2", "ask for more samples"))
-        values = np.asarray(_bound_values(self.proposal, self.target, bound or self.bound, key, samples), float)
+        if source is None:
+            values = np.asarray(_bound_values(self.proposal, self.target, bound or self.bound, key, samples), float)
+        else:
+            closed = [n for n, s in self.strategies.items() if s == "Expectation"]
+            chosen = bound or self.bound
+            values = streamed_bounds(self.target, source, self.proposal, closed, key, samples, chosen)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
 
     def sample(self, key: Key, samples: int = 1000) -> dict[str, Array]:

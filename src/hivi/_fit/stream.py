@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
 from hivi._estimators.base import AbstractStrategy
-from hivi._estimators.expectation import Expectation
-from hivi._estimators.surrogate import estimate, terms_by_view, viewed_terms
+from hivi._estimators.surrogate import estimate
 from hivi._families.base import AbstractProposal
 from hivi._fit.rows import Layout
 from hivi._target.base import Target
@@ -27,6 +26,8 @@ from hivi._tree import Key, PyTree, compiled, finite, select
 
 ROW_RATE = 0.3
 FREE_RATE = 0.01
+AFTER_WARM_UP = 100.0
+"""Delay of the conjugate steps after a warm-up: they start small, from what it found."""
 SLOW = 0.1
 """Learning rate of rows' parameters without natural gradients, as a share of the others'."""
 CLIP = 20.0
@@ -215,42 +216,3 @@ def run_block(
     blank = jnp.full(records.shape[0], jnp.nan)
     arrays, records, values = jax.lax.fori_loop(0, count, body, (arrays, records, blank))
     return eqx.combine(arrays, static), records, values
-
-
-@compiled
-def row_bounds(
-    target: Target,
-    proposal: AbstractProposal,
-    key: Key,
-    strategies: tuple[tuple[str, AbstractStrategy], ...],
-    bound: AbstractBound,
-    samples: int,
-) -> tuple[Array, Array]:
-    """The bound, split: one number per row of a minibatch, and what belongs to no row; means over `samples` draws, in nats."""
-    closed = tuple(n for n, s in strategies if isinstance(s, Expectation))
-    proposal = conditioned(target, proposal)
-    local = proposal.expecting(closed) if closed else proposal
-    rows = {p.name: jnp.arange(p.batch) for p in target.plates}
-    mine = {s.name for s in target.sites if s.local is not None}
-    (plate,) = target.plates
-
-    def one(k: Key) -> tuple[Array, Array]:
-        k1, k2 = jax.random.split(k)
-        z, context = local.propose(k1)
-        views = terms_by_view(target, z, local.views())
-        each, whole = jnp.zeros(plate.batch), jnp.zeros(())
-        for factor, term in zip(target.factored.factors, viewed_terms(target, views, rows), strict=True):
-            if mine & {name for name, _ in factor.scope} or (factor.shape[:1] == (plate.batch,) and not factor.scope):
-                each = each + factor.weight / plate.scale * jnp.sum(term.reshape(plate.batch, -1), 1)
-            else:
-                whole = whole + factor.weight * jnp.sum(term)
-        scales = local.scales()
-        for name, term in local.log_q(z, context, k2, bound.inner).items():
-            if name in scales:
-                each = each - jnp.sum(term.reshape(plate.batch, -1), 1)
-            else:
-                whole = whole - jnp.sum(term)
-        return each, whole
-
-    each, whole = jax.lax.map(one, jax.random.split(key, samples))
-    return jnp.mean(each, 0), jnp.mean(whole)

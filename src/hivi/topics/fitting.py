@@ -23,17 +23,16 @@ from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.product import build_proposal
-from hivi._fit.stream import Schedule, conditioned, row_bounds, row_moments, split_rows
+from hivi._fit.rowwise import row_bounds
+from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, row_moments, split_rows
+from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import Report, Stream, advance, open_stream, per_block
-from hivi._space import Site
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, compiled
 from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 
 LOCAL_PASSES = 60
-AFTER_WARM_UP = 100.0
-"""Delay of the conjugate steps after the warm-up: they start small, from what it found."""
 SETTLED = 0.3
 """Learning rate of the documents' parameters after the warm-up."""
 LOCAL_BATCH = 128
@@ -131,11 +130,7 @@ def start(
 def proposal_for(target: Target, architecture: Architecture, family: AbstractFamily, key: Key) -> AbstractProposal:
     """The starting proposal of one minibatch."""
     families = {**weight_family(architecture), "z.*": family}
-    return build_proposal(families, _of_a_batch(target.sites), key).near(target.starts)
-
-
-def _of_a_batch(sites: tuple[Site, ...]) -> tuple[Site, ...]:
-    return tuple(s if s.local is None else dataclasses.replace(s, shape=s.batch_shape) for s in sites)
+    return build_proposal(families, of_a_batch(target.sites), key).near(target.starts)
 
 
 def strategies(target: Target, proposal: AbstractProposal, plug_in: bool = False) -> dict[str, AbstractStrategy]:

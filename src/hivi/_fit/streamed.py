@@ -1,0 +1,159 @@
+"""`fit` for a streamed target: passes over its source, and a `Fit` of all its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hivi._bounds import AbstractBound
+from hivi._errors import FitError, message
+from hivi._estimators.base import AbstractEstimator
+from hivi._estimators.expectation import Expectation
+from hivi._families.base import AbstractFamily, AbstractProposal
+from hivi._families.gamma import MeanFieldGamma
+from hivi._families.mean_field import MeanField
+from hivi._families.product import build_proposal
+from hivi._fit.progress import Bar
+from hivi._fit.result import Fit
+from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, split_rows, with_rows
+from hivi._fit.streaming import Stream, advance, open_stream
+from hivi._space import Site
+from hivi._target.base import Target
+from hivi._tree import Key
+
+WARM_UP = 0.4
+"""Share of the passes with sites in closed form plugged in, before their posterior is fitted."""
+Family = AbstractFamily | Mapping[str, AbstractFamily]
+
+
+def default_streamed_family(target: Target) -> dict[str, AbstractFamily]:
+    """Gamma for sites in closed form, mean-field for the rest."""
+    closed: dict[str, AbstractFamily] = {name: MeanFieldGamma() for name in target.closed}
+    rest = any(s.name not in target.closed for s in target.sites)
+    return {**closed, ".*": MeanField()} if rest else closed
+
+
+def of_a_batch(sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Sites whose rows are one minibatch's."""
+    return tuple(s if s.local is None else dataclasses.replace(s, shape=s.batch_shape) for s in sites)
+
+
+def fit_streamed(
+    target: Target,
+    family: Family | None,
+    *,
+    key: Key,
+    steps: int,
+    samples: int,
+    bound: AbstractBound,
+    estimator: AbstractEstimator,
+    learning_rate: float,
+    progress: bool,
+) -> Fit:
+    """Passes enough for `steps` steps; see `hivi.fit`."""
+    began = time.monotonic()
+    family = default_streamed_family(target) if family is None else family
+    k1, k2, k3 = jax.random.split(key, 3)
+    proposal = build_proposal(family, of_a_batch(target.sites), k1).near(target.starts)
+    strategies = estimator.resolve(target, conditioned(target, proposal), bound)
+    stream = open_stream(target, proposal, k2)
+    rng = np.random.default_rng(np.asarray(jax.random.bits(k3, (4,))))
+    per_pass = len(stream.source.passes(np.random.default_rng(0)))
+    passes = max(1, round(steps / per_pass))
+    closed = {n for n, s in strategies.items() if isinstance(s, Expectation)}
+    warm = int(WARM_UP * passes) if closed else 0
+    tick = time.monotonic()
+    with Bar(passes * per_pass, "fit", progress) as bar:
+        for count, plug_in in ((warm, True), (passes - warm, False)):
+            chosen = {n: Expectation(plug_in=plug_in) if n in closed else s for n, s in strategies.items()}
+            delay = 1.0 if plug_in or not warm else AFTER_WARM_UP
+            schedule = Schedule(free=learning_rate, delay=delay)
+            stream.steps = 0
+
+            def report(at: int, of: int, value: float) -> None:
+                done = len(stream.elbo)
+                bar.update(done, np.asarray(stream.elbo[-per_pass:]), done / (time.monotonic() - tick))
+
+            advance(
+                stream,
+                count,
+                strategies=chosen,
+                schedule=schedule,
+                bound=bound,
+                samples=samples,
+                rng=rng,
+                report=report,
+            )
+    return Fit(
+        proposal=whole(stream),
+        sites=target.sites,
+        bound=bound,
+        family=_inner(family),
+        converged=False,
+        history={
+            "step": np.arange(len(stream.elbo)),
+            "elbo": np.asarray(stream.elbo),
+            "stderr": np.full(len(stream.elbo), np.nan),
+        },
+        seconds=time.monotonic() - began,
+        message=f"{passes} passes over {stream.source.rows} rows" + (f", {warm} of them a warm-up" if warm else ""),
+        target=target,
+        strategies={name: type(s).__name__ for name, s in strategies.items()},
+    )
+
+
+def _inner(family: Family) -> Any:
+    """The family without its inference network: the rows' parameters have been read off it."""
+    if isinstance(family, AbstractFamily):
+        return family.inner()
+    return {name: f.inner() for name, f in family.items()}
+
+
+def whole(stream: Stream) -> AbstractProposal:
+    """The proposal of all rows, in memory; of an inference network, what it gives for each of them."""
+    blocks: list[Any] = []
+    rest: Any = None
+    for ids in stream.source.blocks():
+        batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
+        own, rest = split_rows(conditioned(with_rows(stream.target, batch), stream.proposal(ids)))
+        blocks.append(jax.tree.map(lambda x, real=ids >= 0: np.asarray(x)[real], own))
+    joined = jax.tree.map(lambda *parts: jnp.concatenate([jnp.asarray(p) for p in parts]), *blocks)
+    return with_sites(eqx.combine(joined, rest), {s.name: s for s in stream.target.sites})
+
+
+def with_sites(proposal: AbstractProposal, sites: Mapping[str, Site]) -> AbstractProposal:
+    """The proposal with the sites' full shapes."""
+
+    def one(p: Any) -> Any:
+        changed = {"sites": tuple(sites[s.name] for s in p.sites)}
+        return dataclasses.replace(p, **changed)
+
+    parts = getattr(proposal, "parts", None)
+    if parts is None:
+        return one(proposal)
+    return dataclasses.replace(one(proposal), parts=tuple(one(p) for p in parts))
+
+
+def refuse_streamed(**options: Any) -> None:
+    """Refuse options that a streamed fit does not have.
+
+    Raises:
+        FitError: naming the option.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise FitError(
+                message(
+                    f"fit({name}=...)",
+                    "a streamed target, whose rows travel with their data",
+                    f"{name}=None",
+                    "leave it out; hivi.topics.fitting has passes that go on from where they stopped",
+                )
+            )
