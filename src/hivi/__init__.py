@@ -1,14 +1,18 @@
 """hivi: hierarchical variational inference on JAX."""
 
 from hivi._bounds import Elbo, ImportanceWeighted
-from hivi._errors import FamilyError, FitError, HiviError, LoadError, TargetError
+from hivi._curvature import Curvature, curvature
+from hivi._errors import CorpusError, FamilyError, FitError, HiviError, LoadError, TargetError
 from hivi._estimators.auto import Auto
 from hivi._estimators.differences import Difference, LocalExpectation
+from hivi._estimators.expectation import Expectation
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
+from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
+from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
@@ -23,11 +27,15 @@ from hivi.interop.numpyro import from_numpyro
 __version__ = "0.1.0"
 
 __all__ = [
+    "Amortised",
     "Auto",
     "Component",
+    "CorpusError",
+    "Curvature",
     "Difference",
     "Elbo",
     "Estimate",
+    "Expectation",
     "FamilyError",
     "Fit",
     "FitError",
@@ -42,12 +50,14 @@ __all__ = [
     "LoadError",
     "LocalExpectation",
     "MeanField",
+    "MeanFieldGamma",
     "Mixture",
     "Pathwise",
     "Score",
     "SemiImplicit",
     "Target",
     "TargetError",
+    "curvature",
     "explain",
     "fit",
     "from_log_joint",

@@ -177,14 +177,13 @@ def curvature(
 
     Example:
         >>> import hivi, jax, jax.numpy as jnp
-        >>> from hivi._curvature import curvature
         >>> from numpyro.distributions import constraints
         >>> table = jnp.log(jnp.array([[0.1, 0.4], [0.4, 0.1]]))
         >>> target = hivi.from_log_joint(
         ...     lambda z: table[z["z"][0], z["z"][1]], {"z": hivi.Latent((2,), constraints.boolean)}
         ... )
         >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=500, progress=False)
-        >>> found = curvature(fit, key=jax.random.key(1))
+        >>> found = hivi.curvature(fit, key=jax.random.key(1))
         >>> [f"{k:+.2f}" for k in found.eigenvalues]
         ['+0.17', '-0.17']
         >>> found.couples[0]

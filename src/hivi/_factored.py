@@ -225,7 +225,7 @@ def factorise(
     seeds = [None] * len(consts) + list(sites) + [None] * len(leaves)
     found, losses = scopes(jaxpr, seeds)
     scales = scales or {}
-    found = [(declared or {}).get(names[t.output], scope) for t, scope in zip(parts, found, strict=True)]
+    found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, found, strict=True)]
     factors = tuple(
         Factor(
             name=names[t.output],

@@ -178,7 +178,6 @@ class Site:
             return jnp.asarray(value)
         return biject_to(self._fixed_support()).inv(jnp.asarray(value))
 
-
     def unconstrained_mean(self, mean: Array) -> Array:
         """A mean in the model's own space, in engine coordinates; that of a discrete site as it is."""
         return mean if self.discrete else self.unconstrain(mean)

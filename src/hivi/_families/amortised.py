@@ -31,8 +31,8 @@ class Amortised(AbstractFamily):
         skip: so many leading features are added to as many leading parameters: for features that are estimates of them.
 
     Example:
-        >>> from hivi._families.amortised import Amortised
-        >>> Amortised(features=11, skip=10).hidden
+        >>> import hivi
+        >>> hivi.Amortised(features=11, skip=10).hidden
         64
     """
 
