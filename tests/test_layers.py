@@ -50,6 +50,8 @@ PAIRS = {
     ("topics/embedded.py", "topics/text.py"),
     ("topics/peers.py", "topics/heldout.py"),
     ("topics/peers.py", "topics/coherence.py"),
+    ("topics/provenance.py", "topics/heldout.py"),
+    *(("topics/scoring.py", f"topics/{part}.py") for part in ("batches", "fitting", "heldout", "show")),
 }
 FREE = {"_fit/", "cli/", "reproduce/"}  # any imports inside, as long as they make no circle
 
