@@ -23,7 +23,7 @@ from hivi._families.product import build_proposal
 from hivi._fit.progress import Bar
 from hivi._fit.result import Fit
 from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, split_rows, with_rows
-from hivi._fit.streaming import Stream, advance, open_stream
+from hivi._fit.streaming import Stream, advance, in_order, open_stream
 from hivi._space import Site
 from hivi._target.base import Target
 from hivi._tree import Key
@@ -124,7 +124,7 @@ def whole(stream: Stream) -> AbstractProposal:
         batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
         own, rest = split_rows(conditioned(with_rows(stream.target, batch), stream.proposal(ids)))
         blocks.append(jax.tree.map(lambda x, real=ids >= 0: np.asarray(x)[real], own))
-    joined = jax.tree.map(lambda *parts: jnp.concatenate([jnp.asarray(p) for p in parts]), *blocks)
+    joined = jax.tree.map(lambda *parts: jnp.asarray(in_order(stream.source, list(parts))), *blocks)
     return with_sites(eqx.combine(joined, rest), {s.name: s for s in stream.target.sites})
 
 

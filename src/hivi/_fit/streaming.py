@@ -175,13 +175,23 @@ def _pad(tree: PyTree, size: int) -> PyTree:
 
 
 def per_block(stream: Stream, read: Callable[..., PyTree], key: Key, *args: Any) -> list[PyTree]:
-    """`read(target at the block, its proposal, key, *args)` for every block of rows, in order, as NumPy, without padding rows."""
+    """`read(target at the block, its proposal, key, *args)` for every block of rows, as NumPy, without padding rows.
+
+    The arrays over rows come in the order of the source's blocks; `in_order` joins them in the order of the rows.
+    """
     out = []
     for number, ids in enumerate(stream.source.blocks()):
         batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
         found = read(with_rows(stream.target, batch), stream.proposal(ids), jax.random.fold_in(key, number), *args)
         out.append(jax.tree.map(functools.partial(_real, ids >= 0), found))
     return out
+
+
+def in_order(source: Source, parts: list[np.ndarray]) -> np.ndarray:
+    """Join arrays over the rows of each block into one, in the order of the rows."""
+    ids = np.concatenate(source.blocks())
+    joined = np.concatenate(parts)
+    return joined[np.argsort(ids[ids >= 0])]
 
 
 def _real(real: np.ndarray, values: Array) -> np.ndarray:

@@ -44,7 +44,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def blocks(self) -> list[np.ndarray]:
-        """Row numbers in order, in full batches; -1 stands for an empty row where the last batch is not full."""
+        """Every row once, in full batches; -1, at the end of a batch, stands for an empty row where there are too few."""
 
     @abc.abstractmethod
     def load(self, batches: Sequence[np.ndarray]) -> PyTree:

@@ -17,7 +17,7 @@ from hivi.topics.kernels import Batch, Observations
 PLATE = "documents"
 CHUNKS = (16, 32, 64)
 GRID = 1.1
-"""Sizes of a minibatch's chunks lie on a grid of this ratio: a new size compiles anew."""
+"""Numbers of chunks lie on a grid of this ratio, so that two corpora often share a compilation."""
 
 
 class Documents(Protocol):
@@ -70,14 +70,26 @@ class CorpusSource(Source):
 
     def __init__(self, corpus: Documents, batch: int, kind: Observations = "poisson", local: bool = False):
         self.corpus, self.kind, self.local = corpus, kind, local
-        self._steps = steps = max(1, round(corpus.n_documents / batch))
-        size = batch if local else max(1, corpus.n_documents // steps)
-        self.plate = Plate(PLATE, batch if local else corpus.n_documents, size)
+        documents = corpus.n_documents
+        steps = max(1, math.ceil(documents / batch) if local else round(documents / batch))
+        size = batch if local else max(1, documents // steps)
+        self.plate = Plate(PLATE, batch if local else documents, size)
+        self._steps, self._blocks = steps, math.ceil(documents / size)
         words = np.diff(np.asarray(corpus.indptr))
         self._order = np.argsort(words, kind="stable")
-        mean = words.mean() if len(words) else 1.0
+        mean = words.mean() if documents else 1.0
         self.length = next((n for n in CHUNKS if mean <= 3 * n), CHUNKS[-1])
-        self._capacity = 0
+        self._capacity = self._most(np.sort(-(-words // self.length)))
+
+    def _most(self, chunks: np.ndarray) -> int:
+        """No minibatch has more chunks: the sum, over the runs of neighbours, of the largest in each."""
+        documents, size = len(chunks), self.plate.batch
+        left_out = max(documents - size * self._steps, 0)
+        dealt = chunks[np.minimum(np.arange(1, size + 1) * self._steps - 1 + left_out, documents - 1)].sum()
+        padded = np.concatenate([np.zeros(size * self._blocks - documents, chunks.dtype), chunks])
+        in_blocks = padded.reshape(size, self._blocks).max(1).sum()
+        needed = max(int(dealt), int(in_blocks), 1)
+        return math.ceil(GRID ** math.ceil(math.log(needed, GRID) - 1e-9))
 
     @property
     def rows(self) -> int:
@@ -93,17 +105,12 @@ class CorpusSource(Source):
         return [np.sort(dealt[:, k]) for k in range(steps)]
 
     def blocks(self) -> list[np.ndarray]:
-        batch = self.plate.batch
-        size = self.corpus.n_documents
-        rows = np.concatenate([np.arange(size), np.full(-size % batch, -1)])
-        return list(rows.reshape(-1, batch))
+        missing = self.plate.batch * self._blocks - self.rows
+        dealt = np.concatenate([np.full(missing, -1), self._order]).reshape(self.plate.batch, self._blocks)
+        return [np.concatenate([np.sort(ids[ids >= 0]), ids[ids < 0]]) for ids in dealt.T]
 
     def load(self, batches: Sequence[np.ndarray]) -> Batch:
-        loaded = [self._counts(ids) for ids in batches]
-        needed = max(int(np.sum(-(-np.diff(x.indptr) // self.length))) for x in loaded)
-        if needed > self._capacity:
-            self._capacity = math.ceil(GRID ** math.ceil(math.log(max(needed, 1), GRID)))
-        packed = [pack(x, self.length, self._capacity, self.kind) for x in loaded]
+        packed = [pack(self._counts(ids), self.length, self._capacity, self.kind) for ids in batches]
         stacked: Any = [np.stack(parts) for parts in zip(*packed, strict=True)]
         return Batch(*stacked)
 

@@ -26,7 +26,7 @@ from hivi._families.product import build_proposal
 from hivi._fit.rowwise import row_bounds
 from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, row_moments, split_rows
 from hivi._fit.streamed import of_a_batch
-from hivi._fit.streaming import Report, Stream, advance, open_stream, per_block
+from hivi._fit.streaming import Report, Stream, advance, in_order, open_stream, per_block
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, compiled
 from hivi.topics.batches import CorpusSource, Documents
@@ -265,8 +265,9 @@ def read(
         ),
         key,
     )
-    layers = [np.concatenate([means[z_name(k)] for _, means in found]) for k in range(1, architecture.depth + 1)]
-    return Inference(layers, np.concatenate([each for each, _ in found]).astype(np.float64))
+    names = [z_name(k) for k in range(1, architecture.depth + 1)]
+    layers = [in_order(stream.source, [means[name] for _, means in found]) for name in names]
+    return Inference(layers, in_order(stream.source, [each for each, _ in found]).astype(np.float64))
 
 
 @compiled
