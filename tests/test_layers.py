@@ -51,7 +51,13 @@ PAIRS = {
     ("topics/peers.py", "topics/heldout.py"),
     ("topics/peers.py", "topics/coherence.py"),
     ("topics/provenance.py", "topics/heldout.py"),
-    *(("topics/scoring.py", f"topics/{part}.py") for part in ("batches", "fitting", "heldout", "show")),
+    *(("topics/scoring.py", f"topics/{part}.py") for part in ("batches", "fitting", "heldout", "show", "trained")),
+    *(("topics/trained.py", f"topics/{part}.py") for part in ("batches", "fitting", "model")),
+    *(("topics/storage.py", f"topics/{part}.py") for part in ("model", "trained")),
+    *(
+        ("topics/estimator.py", f"topics/{part}.py")
+        for part in ("batches", "coherence", "fitting", "heldout", "model", "scoring", "storage", "trained")
+    ),
 }
 FREE = {"_fit/", "cli/", "reproduce/"}  # any imports inside, as long as they make no circle
 

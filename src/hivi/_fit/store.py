@@ -23,10 +23,12 @@ from safetensors.numpy import load_file, save_file
 
 from hivi._bounds import AbstractBound, Elbo, ImportanceWeighted
 from hivi._errors import LoadError, message
+from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import AbstractAuxiliary, Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.base import AbstractFamily
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
+from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
@@ -36,7 +38,7 @@ from hivi._tree import PyTree, compiled
 KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
-        MeanField, FullRank, Flow, Mixture, Hierarchical,
+        MeanField, MeanFieldGamma, Amortised, FullRank, Flow, Mixture, Hierarchical,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
 }  # fmt: skip

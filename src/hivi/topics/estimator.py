@@ -1,0 +1,332 @@
+"""Deep exponential families as a scikit-learn estimator."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
+
+from hivi._errors import CorpusError, FamilyError, TargetError, message
+from hivi._families.base import AbstractFamily
+from hivi._families.mean_field import MeanField
+from hivi._fit.progress import plain_lines
+from hivi.topics.base import Corpus
+from hivi.topics.batches import Counts, Documents
+from hivi.topics.coherence import liveness
+from hivi.topics.fitting import Inference, hierarchical
+from hivi.topics.heldout import perplexity
+from hivi.topics.model import Architecture, Priors
+from hivi.topics.scoring import predictive
+from hivi.topics.storage import load_model, save_model
+from hivi.topics.trained import Trained, absorb, blank, infer, learn, mean_latents, without_documents
+
+NUMBERS = [np.float64, np.float32, np.int64, np.int32]
+PREDEFINED: dict[str, Callable[[], AbstractFamily]] = {"mean-field": MeanField, "hierarchical": hierarchical}
+
+
+class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Topics, and topics of topics: a deep exponential family, fitted by variational inference.
+
+    x_dv ~ Poisson(Σ_k z1_dk w0_vk + floor_v), z1_dj ~ Poisson(Σ_k z2_dk w1_jk + floor), ..., Gamma weights. Each document has
+    its own counts z of every topic, super-topic and so on.
+
+    Args:
+        layers: number of topics, of super-topics, ...: from the words up.
+        latent: "poisson", "bernoulli" (sigmoid belief network) or "gamma".
+        observations: "poisson" counts of words, or "bernoulli" for whether a word occurs.
+        weights: "gamma", or "normal" through a softplus.
+        family: variational family of a document's latents: None or "mean-field"; "hierarchical"; or `hivi.MeanField()` or a
+            `hivi.Hierarchical(..., shared=True)`, which grows from a mean-field fit.
+        priors: hyperparameters, `hivi.topics.Priors`; its defaults if None.
+        passes: passes over the documents in `fit`, warm-up included.
+        warm_up: passes at the start with point estimates of the weights; at most `passes`.
+        batch_size: documents per minibatch, at most.
+        transform_passes: gradient steps per document, for documents that are not part of `fit`.
+        total_documents: size of the corpus of which `partial_fit` sees parts. After `fit` it is that of its documents.
+        random_state: an int, a `numpy.random.RandomState`, or None for NumPy's global one, as everywhere in scikit-learn: with
+            None, `numpy.random.seed` makes results repeat. It is read in `fit` (and at the first `partial_fit`) alone: what
+            a fitted model makes of documents is always the same.
+        verbose: 1 shows the progress of `fit` on standard error.
+
+    Attributes:
+        components_: rates of the words of each topic, E[w0] transposed, (layers[0], words).
+        layer_components_: weights of every layer, (parents, children); the first is `components_`.
+        topic_shares_: share of each topic in the tokens that topics are expected to make; after `partial_fit`, in its documents.
+        alive_: topics with more than a hundredth of an equal share.
+        layer_means_: mean of each unit of every layer over the documents.
+        bound_history_: the bound at every pass, in nats: the mean over its minibatches. In the warm-up without the entropy of
+            weights; after `partial_fit`, for all `total_documents`.
+        n_iter_: passes over the data so far.
+        n_features_in_: number of words.
+        feature_names_in_: the words, where X is a data frame.
+        vocabulary_: the words, where X is a data frame or a `Corpus` that knows them; else None.
+
+    Raises:
+        TargetError: parameters of no use.
+        FamilyError: no such family.
+
+    Example:
+        >>> import numpy as np
+        >>> import hivi
+        >>> X = np.kron(np.eye(2, dtype=int), np.full((20, 4), 3))  # two kinds of documents
+        >>> model = hivi.DeepExponentialFamily(layers=(2,), passes=40, warm_up=20, random_state=0).fit(X)
+        >>> model.components_.shape, model.transform(X[:3]).shape
+        ((2, 8), (3, 2))
+
+    Source: Ranganath, Tang, Charlin and Blei (2015), Deep Exponential Families.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (100, 30, 15),
+        *,
+        latent: str = "poisson",
+        observations: str = "poisson",
+        weights: str = "gamma",
+        family: Any = None,
+        priors: Priors | None = None,
+        passes: int = 120,
+        warm_up: int = 60,
+        batch_size: int = 180,
+        transform_passes: int = 60,
+        total_documents: float = 1e6,
+        random_state: Any = None,
+        verbose: int = 0,
+    ):
+        self.layers = layers
+        self.latent = latent
+        self.observations = observations
+        self.weights = weights
+        self.family = family
+        self.priors = priors
+        self.passes = passes
+        self.warm_up = warm_up
+        self.batch_size = batch_size
+        self.transform_passes = transform_passes
+        self.total_documents = total_documents
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> DeepExponentialFamily:
+        """Fit to documents.
+
+        Args:
+            X: counts of words, (documents, words): sparse or dense, from 0, fractions allowed; or a `Corpus`, which may be on
+                disk.
+            y: ignored.
+
+        Returns:
+            The estimator itself.
+        """
+        architecture, family = self._architecture(), self._family()
+        documents = self._documents(X, "fit", reset=True)
+        if documents.indptr[-1] == 0:
+            raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))
+        seed = self._seed()
+        with plain_lines() if self.verbose else contextlib.nullcontext():
+            fit = learn(
+                documents, architecture, family, seed=seed, passes=self.passes, warm_up=min(self.warm_up, self.passes),
+                batch=self.batch_size, shown=bool(self.verbose),
+            )  # fmt: skip
+        self._set(without_documents(fit, documents.n_documents, seed), mean_latents(fit, seed))
+        self.bound_history_ = np.nanmean(fit.elbo.reshape(self.passes, -1), axis=1)
+        return self
+
+    def partial_fit(self, X: Any, y: Any = None) -> DeepExponentialFamily:
+        """Go on with a part of a stream of documents; each is met once.
+
+        The first part gives the scale of everything: word frequencies and the mean length of documents; several hundred
+        documents are a good size. For each minibatch the documents' own parameters are fitted in `transform_passes`
+        gradient steps; then the weights take one conjugate step, the smaller the later.
+
+        Args:
+            X: as in `fit`, with the same words.
+            y: ignored.
+
+        Returns:
+            The estimator itself.
+        """
+        first = not hasattr(self, "_trained")
+        architecture, family = self._architecture(), self._family()
+        documents = self._documents(X, "partial_fit", reset=first)
+        if first:
+            if documents.indptr[-1] == 0:
+                raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))
+            total = max(int(self.total_documents), 1)
+            trained = blank(documents, architecture, family, seed=self._seed(), total=total)
+            history = np.zeros(0)
+        else:
+            trained, history = self._trained, self.bound_history_
+        moved, bound, means = absorb(trained, documents, batch=self.batch_size, passes=self.transform_passes)
+        self._set(moved, means)
+        self.bound_history_ = np.append(history, bound)
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Topics of documents: E[z1 | x], (documents, layers[0]); an empty document has about the prior's.
+
+        The answer for a document depends a little on the others in X, by Monte Carlo noise.
+        """
+        check_is_fitted(self)
+        documents = self._documents(X, "transform")
+        found = self._infer(documents).layers[0]
+        return found if getattr(X, "dtype", None) == np.float32 else found.astype(np.float64)
+
+    def latents(self, X: Any) -> list[np.ndarray]:
+        """Posterior means of all layers, (documents, units) each; the first is what `transform` returns."""
+        check_is_fitted(self)
+        return [np.asarray(z, np.float64) for z in self._infer(self._documents(X, "latents")).layers]
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Bound on Σ_d log p(x_d), in nats, summed over documents; higher is better.
+
+        E_q[log p(x, z | w) - log q(z)], under q of the weights as they are: what the weights themselves cost is not in it.
+        """
+        check_is_fitted(self)
+        return float(self._infer(self._documents(X, "score")).bound.sum())
+
+    def perplexity(self, X: Any) -> float:
+        """exp(-score / tokens), lower is better: like `LatentDirichletAllocation.perplexity`, by a bound.
+
+        With Bernoulli observations per different word. Documents are seen whole; see `completion_perplexity`.
+
+        Raises:
+            CorpusError: X has no tokens.
+        """
+        check_is_fitted(self)
+        documents = self._documents(X, "perplexity")
+        tokens = _tokens(documents, self._trained.architecture.observations)
+        if not tokens > 0:
+            raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))
+        return math.exp(min(-float(self._infer(documents).bound.sum()) / tokens, 700.0))
+
+    def completion_perplexity(self, observed: Any, heldout: Any) -> float:
+        """Perplexity of held-out tokens of documents, of which the observed ones are known; lower is better.
+
+        p(w|d) ∝ Σ_k E[z1_dk] E[w0_wk] + floor_w, over the whole vocabulary.
+
+        Args:
+            observed: counts, as X elsewhere; see `hivi.topics.hold_out_tokens`.
+            heldout: counts of the same documents.
+        """
+        check_is_fitted(self)
+        mixture, topics = predictive(self._trained.fit, self._infer(self._documents(observed, "completion_perplexity")))
+        counts = heldout.to_csr() if isinstance(heldout, Corpus) else sp.csr_array(heldout)
+        return perplexity(mixture, topics, counts)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the fitted model to a folder, without pickle; see `DeepExponentialFamily.load`.
+
+        A `random_state` that is no int is not saved.
+        """
+        check_is_fitted(self)
+        save_model(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> DeepExponentialFamily:
+        """A model that `save` wrote.
+
+        Raises:
+            LoadError: no such model, or a damaged one.
+        """
+        return load_model(folder, cls)
+
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.components_.shape[0])
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.positive_only = True
+        tags.input_tags.sparse = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_trained")
+
+    def _seed(self) -> int:
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    def _architecture(self) -> Architecture:
+        for name in ("passes", "batch_size", "transform_passes", "total_documents"):
+            _positive(name, getattr(self, name))
+        if not self.warm_up >= 0:
+            raise TargetError(message("warm_up", repr(self.warm_up), "0 or more passes", "correct it"))
+        layers = tuple(self.layers) if isinstance(self.layers, Sequence | np.ndarray) else self.layers
+        priors = Priors() if self.priors is None else self.priors
+        latent: Any = self.latent
+        observations: Any = self.observations
+        weights: Any = self.weights
+        return Architecture(layers, latent, observations, weights, priors)
+
+    def _family(self) -> AbstractFamily:
+        chosen = "mean-field" if self.family is None else self.family
+        if isinstance(chosen, AbstractFamily):
+            return chosen
+        if isinstance(chosen, str) and chosen in PREDEFINED:
+            return PREDEFINED[chosen]()
+        expected = f"None, one of {list(PREDEFINED)}, or a family"
+        cure = "pass hivi.MeanField(), or hivi.Hierarchical(..., shared=True)"
+        raise FamilyError(message("DeepExponentialFamily(family=...)", repr(chosen), expected, cure))
+
+    def _documents(self, X: Any, method: str, *, reset: bool = False) -> Corpus | Counts:
+        """What scikit-learn accepts, or a corpus, as documents; checked."""
+        if isinstance(X, Corpus):
+            return self._corpus(X, reset)
+        X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype=NUMBERS)
+        check_non_negative(X, f"{type(self).__name__}.{method}")
+        if reset:
+            names = getattr(self, "feature_names_in_", None)
+            self.vocabulary_ = None if names is None else tuple(map(str, names))
+        rows = sp.csr_array(X)
+        if not rows.has_canonical_format or not rows.data.all():
+            rows = rows.copy()
+            rows.sum_duplicates()
+            rows.eliminate_zeros()
+        return Counts(rows)
+
+    def _corpus(self, corpus: Corpus, reset: bool) -> Corpus:
+        if reset:
+            self.n_features_in_, self.vocabulary_ = corpus.n_words, corpus.vocabulary
+            if hasattr(self, "feature_names_in_"):
+                del self.feature_names_in_
+        elif corpus.n_words != self.n_features_in_:
+            expected = f"{self.n_features_in_}, as in the corpus of the fit"
+            cure = "count words by the vocabulary that the model was fitted with"
+            raise CorpusError(message(f"corpus {corpus.name!r}", f"{corpus.n_words} words", expected, cure))
+        return corpus
+
+    def _infer(self, documents: Documents) -> Inference:
+        _positive("transform_passes", self.transform_passes)
+        return infer(self._trained, documents, passes=self.transform_passes)
+
+    def _set(self, trained: Trained, means: list[np.ndarray]) -> None:
+        """The fitted attributes."""
+        self._trained, self.layer_means_ = trained, means
+        fit = trained.fit
+        weights = [np.asarray(fit.weights(layer).T, np.float64) for layer in range(trained.architecture.depth)]
+        self.components_, self.layer_components_ = weights[0], weights
+        used = liveness(means[0][None], self.components_)
+        self.topic_shares_, self.alive_ = used.share, used.alive
+        self.n_iter_ = trained.passes
+
+
+def _positive(name: str, value: Any) -> None:
+    if not value > 0:
+        raise TargetError(message(f"DeepExponentialFamily({name}=...)", repr(value), "1 or more", "correct it"))
+
+
+def _tokens(documents: Corpus | Counts, observations: str) -> float:
+    """How much there is to foresee: all tokens, or different words of documents."""
+    if observations == "bernoulli":
+        return float(documents.indptr[-1])
+    return float(documents.counts.sum())  # both kinds of documents have it

@@ -1,0 +1,256 @@
+"""A trained deep exponential family without its documents: what it takes to infer, to go on, and to save."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.sparse as sp
+from jaxtyping import Float
+
+from hivi._families.base import AbstractFamily
+from hivi._families.hierarchical import Hierarchical
+from hivi._families.mean_field import MeanField
+from hivi._fit import store
+from hivi._fit.progress import Bar
+from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule
+from hivi._fit.streaming import Stream, advance, open_stream, per_block
+from hivi._space import Plate
+from hivi._target.base import Target
+from hivi._tree import Key
+from hivi.topics.batches import PLATE, CorpusSource, Counts, Documents
+from hivi.topics.fitting import (
+    LOCAL_BATCH,
+    LOCAL_PASSES,
+    Inference,
+    TopicFit,
+    grow,
+    latent_means,
+    proposal_for,
+    read,
+    start,
+    strategies,
+    train,
+)
+from hivi.topics.model import Architecture, build_target, corpus_statistics, z_name
+
+KEPT = 16
+"""Targets whose compiled programs serve later fits of the same shape."""
+SAMPLES = 4
+"""Draws of the latents at the step that moves the weights, for a stream of documents: each is met once."""
+MEAN_SAMPLES = 16
+"""Draws of lambda for posterior means; mean-field needs none."""
+_TARGETS: OrderedDict[Any, Target] = OrderedDict()
+_INFER, _LEARN, _START = range(3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
+    """Shared parameters and configuration, as NumPy arrays and plain values; it can be pickled.
+
+    Attributes:
+        architecture: layers, kinds, priors.
+        family: variational family of a document's latents.
+        statistics: word frequencies and mean length of the training documents.
+        arrays: shared parameters, the moments of their optimiser and a random key, by their path.
+        documents: number of documents of the whole corpus, seen or not.
+        steps: conjugate steps so far: their sizes fall with it.
+        settled: whether a fit has converged, and further documents may move it only a little.
+        passes: passes over the data so far, or parts of a stream.
+        seed: of everything random.
+    """
+
+    architecture: Architecture
+    family: AbstractFamily
+    statistics: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+    documents: int
+    steps: int
+    settled: bool
+    passes: int
+    seed: int
+
+    @functools.cached_property
+    def fit(self) -> TopicFit:
+        """The fit on one empty document, with these parameters."""
+        n_words = len(self.statistics["frequencies"])
+        blank = Counts(sp.csr_array((1, n_words), dtype=np.int32))
+        key = _key(self.seed, _START)
+        fit = start(blank, self.architecture, self.family, key=key, batch=1, statistics=self.statistics)
+        fit.stream.state = store.unpack(fit.stream.state, self.arrays, Path("parameters"))
+        fit.passes = self.passes
+        return fit
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def learn(
+    documents: Documents,
+    architecture: Architecture,
+    family: AbstractFamily,
+    *,
+    seed: int,
+    passes: int,
+    warm_up: int,
+    batch: int,
+    shown: bool = False,
+) -> TopicFit:
+    """Train on a corpus: a hierarchical family grows from a mean-field fit after half of the passes that follow the warm-up."""
+    rng = np.random.default_rng(seed)
+    grows = isinstance(family, Hierarchical)
+    fit = start(documents, architecture, MeanField() if grows else family, key=_key(seed, _START), batch=batch)
+    fit.statistics = {name: np.asarray(value) for name, value in fit.statistics.items()}
+    fit.stream.target = interned(fit.stream.target, architecture)
+    before = warm_up + (passes - warm_up) // 2 if grows else passes
+    per_pass = len(fit.stream.source.passes(np.random.default_rng(0)))
+    with Bar(passes * per_pass, "topics", shown) as bar:
+        report = _reporter(bar, lambda: fit.stream.elbo, per_pass)
+        train(fit, before, rng=rng, warm_up=warm_up, report=report)
+        if grows:
+            history = fit.stream.elbo
+            fit = grow(fit, family, key=_key(seed, _LEARN))
+            fit.stream.elbo = history
+            train(fit, passes - before, rng=rng, report=report)
+    return fit
+
+
+def _reporter(bar: Bar, history: Callable[[], list[float]], recent: int) -> Callable[[int, int, float], None]:
+    began = time.monotonic()
+
+    def report(done: int, of: int, value: float) -> None:
+        values = history()
+        bar.update(len(values), np.asarray(values[-recent:]), len(values) / (time.monotonic() - began))
+
+    return report
+
+
+def without_documents(fit: TopicFit, documents: int, seed: int) -> Trained:
+    """What stays of a fit."""
+    stream = fit.stream
+    return Trained(
+        fit.architecture, fit.family, fit.statistics, store.pack(stream.state), documents, stream.steps,
+        stream.settled or fit.passes > 0, fit.passes, seed,
+    )  # fmt: skip
+
+
+def blank(
+    documents: Documents, architecture: Architecture, family: AbstractFamily, *, seed: int, total: int
+) -> Trained:
+    """Before the first part of a stream of documents, which gives the word frequencies and the mean length."""
+    statistics = {n: np.asarray(v) for n, v in corpus_statistics(documents, architecture.observations).items()}
+    fit = start(documents, architecture, family, key=_key(seed, _START), batch=1, statistics=statistics)
+    return Trained(
+        architecture, family, statistics, store.pack(fit.stream.state), total, 0, False, 0, seed
+    )  # fmt: skip
+
+
+def absorb(
+    trained: Trained, documents: Documents, *, batch: int, passes: int
+) -> tuple[Trained, float, list[Float[np.ndarray, " units"]]]:
+    """Learn from a part of a stream of documents: one conjugate step per minibatch.
+
+    The documents' own parameters are fitted first, with the weights as they are; then the weights take a step of size
+    (delay + t)^-0.6 towards those at which the whole corpus, of `trained.documents` documents, is like the minibatch.
+
+    Args:
+        trained: where to go on from; it stays as it is.
+        documents: of the same vocabulary.
+        batch: documents per minibatch.
+        passes: gradient steps per document.
+
+    Returns:
+        What is learnt, the bound for the whole corpus in nats, and the mean of every unit of each layer over the documents.
+
+    Source: Hoffman, Blei, Wang & Paisley (2013), Stochastic Variational Inference, figure 4.
+    """
+    a, number = trained.architecture, trained.passes
+    source = CorpusSource(documents, min(batch, documents.n_documents), a.observations)
+    whole = copy.copy(source)
+    whole.plate = Plate(PLATE, max(trained.documents, documents.n_documents), source.plate.batch)
+    target = interned(dataclasses.replace(build_target(a, whole, trained.statistics), source=source), a)
+    stream = _opened(trained, target, _key(trained.seed, _LEARN, number))
+    chosen = strategies(target, stream.proposal(source.blocks()[0]))
+    rng = np.random.default_rng((trained.seed, number))
+    advance(stream, passes, strategies=chosen, schedule=Schedule(shared=False), rng=rng)
+    local = len(stream.elbo)
+    stream.steps = trained.steps
+    delay = AFTER_WARM_UP if trained.settled else 1.0
+    schedule = Schedule(rows=FINAL * ROW_RATE, delay=delay)
+    advance(stream, 1, strategies=chosen, schedule=schedule, samples=SAMPLES, rng=rng)
+    moved = dataclasses.replace(trained, arrays=store.pack(stream.state), steps=stream.steps, passes=trained.passes + 1)
+    return moved, float(np.nanmean(stream.elbo[local:])), unit_means(stream, a, _key(trained.seed, _INFER))
+
+
+def infer(
+    trained: Trained, documents: Documents, *, passes: int = LOCAL_PASSES, samples: int = MEAN_SAMPLES
+) -> Inference:
+    """Latents of documents, and each one's share of the bound; see `hivi.topics.fitting.infer`.
+
+    Args:
+        trained: the model; the same model and documents give the same answer.
+        documents: any documents over its vocabulary.
+        passes: gradient steps per document.
+        samples: draws per document for the bound.
+    """
+    a, key = trained.architecture, _key(trained.seed, _INFER)
+    size = min(2 ** math.ceil(math.log2(max(documents.n_documents, 1))), LOCAL_BATCH)
+    source = CorpusSource(documents, size, a.observations, local=True)
+    target = interned(build_target(a, source, trained.statistics), a)
+    stream = _opened(trained, target, key)
+    chosen = strategies(target, stream.proposal(source.blocks()[0]))
+    if trained.family.inner() is trained.family:  # an inference network needs no fitting
+        advance(stream, passes, strategies=chosen, schedule=Schedule(shared=False), rng=np.random.default_rng(0))
+    return read(stream, a, chosen, key=jax.random.fold_in(key, 1), samples=samples)
+
+
+def mean_latents(fit: TopicFit, seed: int) -> list[Float[np.ndarray, " units"]]:
+    """E[z] of every unit of each layer, on average over the documents of a fit."""
+    return unit_means(fit.stream, fit.architecture, _key(seed, _INFER))
+
+
+def unit_means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, " units"]]:
+    """E[z] of every unit of each layer, on average over a stream's documents."""
+    found = per_block(
+        stream, lambda target, proposal, k: latent_means(target, proposal, k, architecture, MEAN_SAMPLES), key
+    )
+    names = [z_name(k) for k in range(1, architecture.depth + 1)]
+    return [np.concatenate([means[n] for means in found]).mean(axis=0, dtype=np.float64) for n in names]
+
+
+def interned(target: Target, architecture: Architecture) -> Target:
+    """The same target with the traced structure of an earlier one of its shape, so that nothing compiles anew."""
+    shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves(target.data))
+    known_by = (architecture, target.plates, shapes)
+    known = _TARGETS.setdefault(known_by, target)
+    _TARGETS.move_to_end(known_by)
+    if len(_TARGETS) > KEPT:
+        _TARGETS.popitem(last=False)
+    return dataclasses.replace(known, data=target.data, starts=target.starts, source=target.source)
+
+
+def _opened(trained: Trained, target: Target, key: Key) -> Stream:
+    """A stream over new documents with the trained parameters; its documents start afresh."""
+    stream = open_stream(target, proposal_for(target, trained.architecture, trained.family, key), key)
+    leaves = jax.tree.leaves(trained.fit.stream.state)
+    stream.state = jax.tree.unflatten(jax.tree.structure(stream.state), leaves)
+    return stream
+
+
+def _key(seed: int, *numbers: int) -> Key:
+    key = jax.random.key(seed)
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
