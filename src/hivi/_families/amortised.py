@@ -83,6 +83,10 @@ class AmortisedProposal(AbstractProposal):
     row: AbstractProposal
     skip: int = eqx.field(static=True)
 
+    @property
+    def amortised(self) -> bool:
+        return True
+
     def given(self, features: Float[Array, "rows features"] | None) -> AbstractProposal:
         """The proposal of the rows with these features.
 

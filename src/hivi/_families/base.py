@@ -68,6 +68,11 @@ class AbstractProposal(eqx.Module):
         """The proposal for one minibatch: `rows` holds the row numbers of every subsampled plate."""
         return self
 
+    @property
+    def amortised(self) -> bool:
+        """Whether it must be `given` features of its rows before use."""
+        return False
+
     def given(self, features: Array | None) -> AbstractProposal:
         """The proposal for rows with these features (rows, features); itself, unless it is amortised."""
         return self

@@ -294,6 +294,10 @@ class ProductProposal(AbstractProposal):
     def near(self, means: dict[str, Array]) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.near(means) for p in self.parts))
 
+    @property
+    def amortised(self) -> bool:
+        return any(p.amortised for p in self.parts)
+
     def given(self, features: Array | None) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.given(features) for p in self.parts))
 

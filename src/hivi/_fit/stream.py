@@ -109,8 +109,9 @@ def free_moments(proposal: AbstractProposal) -> PyTree:
 
 def conditioned(target: Target, proposal: AbstractProposal) -> AbstractProposal:
     """The proposal of this minibatch: an inference network, if there is one, has read its rows."""
-    features = None if target.features is None else target.features(proposal.centre(), target.data)
-    return proposal.given(features)
+    if not proposal.amortised:
+        return proposal
+    return proposal.given(None if target.features is None else target.features(proposal.centre(), target.data))
 
 
 def row_moments(own: PyTree) -> PyTree:

@@ -12,9 +12,9 @@ from scipy.special import gammaln
 
 from hivi._space import Plate
 from hivi._target.base import Source
-from hivi.topics.kernels import Batch, Observations
+from hivi.topics.architecture import PLATE, Observations
+from hivi.topics.kernels import Batch
 
-PLATE = "documents"
 CHUNKS = (16, 32, 64)
 GRID = 1.1
 """Numbers of chunks lie on a grid of this ratio, so that two corpora often share a compilation."""

@@ -8,13 +8,14 @@ rates is `sum_k z_dk sum_v w_vk`. A one in Bernoulli data is a positive Poisson 
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Observations: TypeAlias = Literal["poisson", "bernoulli"]
+from hivi.topics.architecture import Observations
+
 DENSE = 32
 """Backwards, residuals are scattered to documents x words and multiplied: while that table has at most this many cells per
 nonzero it is cheaper than rows of topics added one by one, and still O(nonzeros x topics)."""
