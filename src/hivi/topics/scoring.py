@@ -9,13 +9,11 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float64, Int64
 
-from hivi._tree import Key
 from hivi.topics.batches import Counts
-from hivi.topics.fitting import LOCAL_PASSES, Inference, TopicFit, infer
-from hivi.topics.fitting import read as read_stream
-from hivi.topics.fitting import strategies as choose
+from hivi.topics.fitting import LOCAL_PASSES, Inference, TopicFit
 from hivi.topics.heldout import Scores, log_scores
 from hivi.topics.show import unit_shares
+from hivi.topics.trained import Trained, infer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,22 +47,21 @@ class HeldOut:
 
 
 def hold_out(
-    fit: TopicFit, observed: Any, heldout: Any, *, key: Key, passes: int = LOCAL_PASSES, samples: int = 16
+    trained: Trained, observed: Any, heldout: Any, *, passes: int = LOCAL_PASSES, samples: int = 16
 ) -> HeldOut:
     """Document completion: latents from the observed part, p(w|d) ∝ Σ_k E[w0_vk] E[z1_dk] + floor_v for the rest.
 
     Args:
-        fit: the trained model.
+        trained: the model.
         observed: sparse counts of the test documents that it may see.
         heldout: sparse counts that it is scored by.
-        key: a JAX random key.
         passes: gradient steps per document.
         samples: draws per document for the bound.
     """
     seen = sp.csr_array(observed)
-    inference = infer(fit, Counts(seen), key=key, passes=passes, samples=samples)
-    mixture, topics = predictive(fit, inference)
-    each: Any = seen.sum(axis=1) if fit.architecture.observations == "poisson" else np.diff(seen.indptr)
+    inference = infer(trained, Counts(seen), passes=passes, samples=samples)
+    mixture, topics = predictive(trained.fit, inference)
+    each: Any = seen.sum(axis=1) if trained.architecture.observations == "poisson" else np.diff(seen.indptr)
     return HeldOut(inference, log_scores(mixture, topics, heldout), np.asarray(each).astype(np.int64))
 
 
@@ -75,20 +72,6 @@ def predictive(
     z = np.asarray(inference.layers[0], np.float64)
     mixture = np.concatenate([z, np.ones((len(z), 1))], 1)
     return mixture, np.concatenate([fit.weights(0).T, fit.floor()[None]]).astype(np.float64)
-
-
-def mean_latents(fit: TopicFit, *, key: Key, samples: int = 4) -> list[Float64[np.ndarray, " units"]]:
-    """E[z] of each unit, on average over the training documents; one array per layer.
-
-    Args:
-        fit: a model as training left it, with its documents' parameters.
-        key: a JAX random key.
-        samples: draws per document, where posterior means have no closed form.
-    """
-    stream = fit.stream
-    chosen = choose(stream.target, stream.proposal(stream.source.blocks()[0]))
-    found = read_stream(stream, fit.architecture, chosen, key=key, samples=samples)
-    return [np.asarray(z, np.float64).mean(axis=0) for z in found.layers]
 
 
 def shares(fit: TopicFit, means: list[Float64[np.ndarray, " units"]]) -> list[Float64[np.ndarray, " units"]]:
