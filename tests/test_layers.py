@@ -52,6 +52,9 @@ PAIRS = {
     ("topics/peers.py", "topics/coherence.py"),
     ("topics/provenance.py", "topics/heldout.py"),
     *(("topics/scoring.py", f"topics/{part}.py") for part in ("batches", "fitting", "heldout", "show", "trained")),
+    *(("topics/document_curvature.py", f"topics/{part}.py") for part in ("batches", "fitting", "model", "trained")),
+    *(("topics/document_scores.py", f"topics/{part}.py") for part in ("estimator", "heldout", "peers", "scoring")),
+    *(("topics/training.py", f"topics/{part}.py") for part in ("batches", "estimator", "fitting", "model", "trained")),
     *(("topics/trained.py", f"topics/{part}.py") for part in ("batches", "fitting", "model")),
     *(("topics/storage.py", f"topics/{part}.py") for part in ("model", "trained")),
     *(
