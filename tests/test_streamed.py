@@ -1,0 +1,335 @@
+"""Streamed fits: gradients against enumeration, proper weighting of rows, reproducibility, growing, inference networks.
+
+Oracles: sums over every value of the discrete latents, and independent draws; where only Monte Carlo remains, standard errors,
+with a gate on precision first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+import hivi
+from cases import perturbed, quick, states, total
+from hivi._estimators.expectation import Expectation
+from hivi._estimators.surrogate import estimate, terms_by_view, viewed_terms
+from hivi._families.amortised import Amortised
+from hivi._families.base import AbstractProposal
+from hivi._families.gamma import MeanFieldGamma
+from hivi._families.product import ProductProposal, RowsProposal, build_proposal
+from hivi._fit import rows as records
+from hivi._fit.rowwise import row_bounds
+from hivi._fit.stream import Schedule, conditioned, with_rows
+from hivi._fit.streamed import of_a_batch
+from hivi._fit.streaming import advance
+from hivi._target.base import Target
+from hivi.topics import fitting
+from hivi.topics.base import Corpus
+from hivi.topics.model import Architecture, Priors, deep_exponential_family
+from test_proper_weighting import mean_is_one, ratios
+from test_unbiased import agree, flat, means
+
+PRIORS = Priors(floor=0.2, topic_shape=0.4, level=0.4)
+SHARED = hivi.Hierarchical(prior=hivi.Flow(layers=1), auxiliary=hivi.InverseFlow(layers=1), shared=True)
+
+
+def corpus(documents: int, words: int, seed: int = 0, rate: float = 1.0) -> Corpus:
+    x = np.random.default_rng(seed).poisson(rate, (documents, words))
+    x[:, 0] += 1
+    return Corpus.from_matrix(x)
+
+
+def proposal_of(target: Target, family: Any, batch: bool = True, seed: int = 1) -> AbstractProposal:
+    """Gamma weights and a family of the documents' latents, away from their start."""
+    families = {"w0": MeanFieldGamma(), "z.*": family}
+    built = build_proposal(families, of_a_batch(target.sites) if batch else target.sites, jax.random.key(0))
+    built = built.near(target.starts)
+    gamma, local = built.parts
+    return ProductProposal(built.sites, (gamma, perturbed(local, jax.random.key(seed), 0.2)))
+
+
+# Gradients
+
+
+def close(errors: np.ndarray, right: np.ndarray, precise: float = 0.05, limit: float = 4.5) -> None:
+    """Differences from the exact gradient have mean zero: precise enough, then close enough."""
+    stderr = errors.std(0, ddof=1) / np.sqrt(len(errors))
+    assert np.linalg.norm(stderr) < precise * np.linalg.norm(right), "not precise enough to judge"
+    assert (np.abs(errors.mean(0)) < limit * stderr + 1e-4 * np.abs(right).max()).all(), (errors.mean(0), stderr)
+
+
+def expected(target: Target, local: AbstractProposal, grid: dict[str, Array], key: Array) -> Array:
+    """The bound with every value of z summed at one lambda, and weights in closed form."""
+    p = local.expecting(("w0",))
+    drawn, context = p.propose(key)
+    views, scales, given = p.views(), p.scales(), p.conditionals(context)
+
+    def at(z: dict[str, Array]) -> tuple[Array, Array]:
+        v = {**drawn, **z}
+        log_p = target.factored.total(viewed_terms(target, terms_by_view(target, v, views), target.all_rows()))
+        log_q = sum(jnp.sum(given[n].likelihood.log_prob(given[n].lam, z[n])) for n in z)
+        return log_p - total(p.log_q(v, context, key), scales), log_q
+
+    log_w, log_q = jax.vmap(at)(grid)
+    return jnp.sum(jnp.exp(log_q) * log_w)
+
+
+@pytest.mark.parametrize("strategy", [hivi.Difference(), hivi.Score()], ids=["difference", "score"])
+def test_gradient_of_mean_field_is_right(strategy):
+    """One document, two Poisson units, weights in closed form: against the sum over z = 0, ..., 30."""
+    target = deep_exponential_family(corpus(1, 3), Architecture((2,), priors=PRIORS))
+    params, static = eqx.partition(proposal_of(target, hivi.MeanField()), eqx.is_inexact_array)
+    grid = states(tuple(s for s in target.sites if s.discrete), 31)
+    chosen, samples = {"z1": strategy, "w0": Expectation()}, 2
+
+    def of(p: Any, key: Array) -> Array:
+        return estimate(eqx.combine(p, static), target, chosen, hivi.Elbo(), key, samples, target.all_rows())[0]
+
+    def exact(p: Any) -> Array:
+        return expected(target, eqx.combine(p, static), grid, jax.random.key(0))
+
+    value, right = quick(jax.value_and_grad(exact))(params)
+    values, found = quick(jax.vmap(jax.value_and_grad(of), (None, 0)))(
+        params, jax.random.split(jax.random.key(2), 4000)
+    )
+    found = np.concatenate([np.asarray(x, float).reshape(4000, -1) for x in jax.tree.leaves(found)], 1)
+    right = np.asarray(flat(right), float)
+    close(found - right, right, 0.1)
+    assert abs(values.mean() - value) < 4.5 * values.std() / np.sqrt(4000)
+
+
+def test_gradient_of_a_shared_hierarchy_is_right():
+    """Two of four documents, one Poisson unit each: the sum over z at the same lambda, averaged over lambda."""
+    target = deep_exponential_family(corpus(4, 3), Architecture((1,), priors=PRIORS), batch=2)
+    params, static = eqx.partition(proposal_of(target, SHARED), eqx.is_inexact_array)
+    grid = states(tuple(dataclasses.replace(s, shape=s.batch_shape) for s in target.sites if s.discrete), 14)
+    chosen = {"z1": hivi.Difference(), "w0": Expectation()}
+
+    def both(key: Array) -> tuple[Array, Array]:
+        def of(p: Any) -> Array:
+            return estimate(eqx.combine(p, static), target, chosen, hivi.Elbo(), key, 1, target.all_rows())[0]
+
+        def exact(p: Any) -> Array:  # the same lambda: the keys that `estimate` gives to its only draw
+            own = jax.random.split(jax.random.split(key, (1, 1, 1))[0, 0, 0])[0]
+            return expected(target, eqx.combine(p, static), grid, own)
+
+        right = flat(jax.grad(exact)(params))
+        return flat(jax.grad(of)(params)) - right, right
+
+    errors, right = (np.asarray(x, float) for x in quick(jax.vmap(both))(jax.random.split(jax.random.key(3), 2000)))
+    assert (np.abs(right.mean(0)) > 0).all(), "every parameter matters, those that rows share too"
+    close(errors, right.mean(0), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "score"])
+def test_gradient_of_shared_rows_is_exact(kind):
+    """Bernoulli units of two of four documents, every value of z, at one continuous noise: equal to rounding."""
+    target = deep_exponential_family(corpus(4, 3), Architecture((1,), "bernoulli", priors=PRIORS), batch=2)
+    chosen: Any = {"z1": hivi.LocalExpectation() if kind == "exact" else hivi.Score(), "w0": hivi.Pathwise()}
+    proposal = proposal_of(target, SHARED, batch=False)
+    agree(means(target, proposal, chosen, hivi.Elbo(), 2 if kind == "score" else 1), 1e-4)
+
+
+@pytest.mark.parametrize("inner", [0, 2])
+def test_rows_with_shared_parameters_are_properly_weighted(inner):
+    """E[g(z) exp(-log q)] = 1 over the 16 values of two documents' Bernoulli units."""
+    target = deep_exponential_family(corpus(2, 3), Architecture((2,), "bernoulli", priors=PRIORS))
+    local = proposal_of(target, SHARED).parts[1]
+    assert isinstance(local, RowsProposal)
+    assert not all(local.mask), "some parameters are shared"
+    assert any(local.mask)
+    mean_is_one(ratios(local, lambda z: -4 * jnp.log(2.0), inner, 20_000))
+
+
+def test_natural_gradients_are_fishers():
+    """Inverse Fisher matrix times the gradient, less N/B, for the three kinds of q, as a parameter and as lambda's centre."""
+    for latent, lam, fisher in (
+        ("poisson", 0.7, [np.exp(0.7)]),
+        ("bernoulli", 0.7, [1 / (2 + 2 * np.cosh(0.7))]),
+        ("gamma", np.array([0.3, -0.4]), [np.exp(0.8), 2.0]),
+    ):
+        target = deep_exponential_family(corpus(6, 3), Architecture((2,), latent, priors=PRIORS), batch=2)
+        p = build_proposal(
+            {"w0": MeanFieldGamma(), "z1": hivi.MeanField()}, of_a_batch(target.sites), jax.random.key(0)
+        )
+        shape = p.parts[1].lam["z1"].shape
+        p = eqx.tree_at(lambda q: q.parts[1].lam["z1"], p, jnp.broadcast_to(jnp.asarray(lam, jnp.float32), shape))
+        gradient = jax.tree.map(jnp.ones_like, p)
+        found = p.natural(gradient)
+        np.testing.assert_allclose(
+            found.parts[1].lam["z1"], np.broadcast_to(1 / np.array(fisher) / 3, shape), rtol=1e-5
+        )
+        np.testing.assert_array_equal(found.parts[0].shape["w0"], gradient.parts[0].shape["w0"])
+        if latent != "gamma":
+            grown = build_proposal({"w0": MeanFieldGamma(), "z1": SHARED}, of_a_batch(target.sites), jax.random.key(0))
+            grown = eqx.tree_at(lambda q: q.parts[1], grown, grown.parts[1].grown({"z1": p.parts[1].lam["z1"]}))
+            ones = jax.tree.map(lambda x: jnp.ones_like(x) if eqx.is_inexact_array(x) else None, grown)
+            moved = np.concatenate([np.ravel(x) for x in jax.tree.leaves(grown.natural(ones).parts[1])])
+            assert np.isclose(moved[:, None], 1 / np.array(fisher) / 3, rtol=1e-4).sum() == 4, (
+                "the location of each unit"
+            )
+
+
+# Fits
+
+
+SMALL = corpus(14, 8, 4, 1.5)
+ARCHITECTURE = Architecture((2,), priors=PRIORS)
+
+
+def fitted(family: Any = None, passes: int = 4, seed: int = 0) -> fitting.TopicFit:
+    fit = fitting.start(SMALL, ARCHITECTURE, family, key=jax.random.key(seed), batch=5)
+    return fitting.train(fit, passes, rng=np.random.default_rng(seed), warm_up=2)
+
+
+def everything(fit: fitting.TopicFit) -> list[np.ndarray]:
+    """All that a fit has come to."""
+    shared = [np.asarray(x) for x in jax.tree.leaves(fit.stream.state.shared)]
+    return [*shared, fit.stream.records.read(np.arange(SMALL.n_documents)), fit.elbo]
+
+
+@pytest.fixture(scope="module")
+def mean_field() -> fitting.TopicFit:
+    return fitted(passes=60)
+
+
+def test_same_key_same_numbers_in_memory_and_in_a_file(monkeypatch):
+    first, again = everything(fitted()), everything(fitted())
+    monkeypatch.setattr(records, "IN_MEMORY", 0)
+    on_disk = fitted()
+    assert on_disk.stream.records._table is None
+    for a, b, c in zip(first, again, everything(on_disk), strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    np.testing.assert_array_equal(on_disk.stream.records.read(np.array([3, -1]))[1], on_disk.stream.records.template)
+
+
+def minibatch(fit: fitting.TopicFit, ids: np.ndarray) -> tuple[Target, AbstractProposal]:
+    """The target and the proposal of some rows."""
+    batch = jax.tree.map(lambda a: jnp.asarray(a[0]), fit.stream.source.load([ids]))
+    return with_rows(fit.stream.target, batch), fit.stream.proposal(ids)
+
+
+def bound_of(fit: fitting.TopicFit, samples: int = 64, repeats: int = 20) -> tuple[float, float]:
+    """The bound over all rows and its standard error, from independent repeats."""
+    chosen = tuple(fitting.strategies(fit.stream.target, fit.stream.proposal(fit.stream.source.blocks()[0])).items())
+    blocks = [(ids, *minibatch(fit, ids)) for ids in fit.stream.source.blocks()]
+    totals = []
+    for r in range(repeats):
+        found = [
+            (ids, row_bounds(t, p, jax.random.key(1000 * r + k), chosen, hivi.Elbo(), samples))
+            for k, (ids, t, p) in enumerate(blocks)
+        ]
+        totals.append(sum(float(np.asarray(each)[ids >= 0].sum()) for ids, (each, _) in found) + float(found[0][1][1]))
+    return float(np.mean(totals)), float(np.std(totals, ddof=1) / np.sqrt(repeats))
+
+
+@pytest.mark.parametrize("latent", ["poisson", "bernoulli", "gamma"])
+def test_bounds_of_rows_add_up(latent):
+    """N/B times the rows' share and what belongs to none: the bound; every document's share holds its own terms only."""
+    architecture = Architecture((2, 2), latent, priors=PRIORS)
+    fit = fitting.start(SMALL, architecture, key=jax.random.key(0), batch=5)
+    target, proposal = minibatch(fit, ids := fit.stream.source.blocks()[0])
+    chosen = fitting.strategies(target, proposal)
+    lean = {n: s if isinstance(s, Expectation | hivi.Pathwise) else hivi.Score() for n, s in chosen.items()}
+    each, rest = row_bounds(target, proposal, jax.random.key(1), tuple(chosen.items()), hivi.Elbo(), 4000)
+    found = quick(lambda k: estimate(proposal, target, lean, hivi.Elbo(), k, 4000, target.all_rows())[1].bound)
+    values = np.asarray(found(jax.random.key(2)), float)
+    stderr = values.std() * np.sqrt(2 / len(values))
+    (plate,) = target.plates
+    assert stderr < 0.02 * abs(values.mean()), "not precise enough to judge"
+    assert abs(plate.scale * float(each.sum()) + float(rest) - values.mean()) < 4 * stderr
+    if latent != "gamma":
+        # Without the weights a document's share is a bound on the probability of its words, hence below zero.
+        assert np.asarray(each)[ids >= 0].max() < 0
+    other = eqx.tree_at(
+        lambda t: t.data["rows"].counts, target,
+        jnp.where(target.data["rows"].document[:, None] == 0, target.data["rows"].counts, 0.0),
+    )  # fmt: skip
+    alone, same = row_bounds(other, proposal, jax.random.key(1), tuple(chosen.items()), hivi.Elbo(), 4000)
+    np.testing.assert_allclose(alone[0], each[0], rtol=1e-5)
+    np.testing.assert_allclose(same, rest, rtol=1e-5)
+    assert not np.isclose(alone[1], each[1])
+
+
+def test_growing_starts_at_the_mean_field_bound(mean_field):
+    """A narrow lambda costs next to nothing, and further passes lose nothing."""
+    before, error = bound_of(mean_field)
+    grown = fitting.grow(mean_field, SHARED, key=jax.random.key(5))
+    for a, b in zip(mean_field.weights(), grown.weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    at, error_at = bound_of(grown)
+    assert max(error, error_at) < 1.0, "not precise enough to judge"
+    assert abs(at - before) < 1.0 + 3 * (error + error_at)
+    fitting.train(grown, 40, rng=np.random.default_rng(1))
+    after, error_after = bound_of(grown)
+    assert after > before - 2 * np.hypot(error, error_after), (before, after, error_after)
+
+
+# Inference networks
+
+
+@pytest.fixture(scope="module")
+def network() -> fitting.TopicFit:
+    return fitted(fitting.amortised(ARCHITECTURE, hidden=8), passes=8)
+
+
+def test_a_network_fills_the_rows_parameters(network):
+    """Its start is the estimate that the features are; after a fit, the encoder's output; nothing belongs to a row."""
+    fresh = fitting.start(SMALL, ARCHITECTURE, network.family, key=jax.random.key(0), batch=5)
+    for fit in (fresh, network):
+        target, proposal = minibatch(fit, fit.stream.source.blocks()[0])
+        local = next(p for p in proposal.parts if p.sites[0].local is not None)
+        assert not any(jax.tree.leaves(local.owned()))
+        features = target.features(proposal.centre(), target.data)
+        filled = conditioned(target, proposal).parameters()["z1"]
+        expected = jax.vmap(local.network)(features) + local.start + features[:, : local.skip]
+        np.testing.assert_allclose(filled[..., 0], expected, rtol=1e-5, atol=1e-5)
+        if fit is fresh:
+            np.testing.assert_allclose(filled[..., 0], features[:, :2], rtol=1e-5, atol=1e-5)
+        else:
+            assert np.abs(filled[..., 0] - features[:, :2]).max() > 1e-3, "the network has moved"
+    with pytest.raises(hivi.FamilyError, match="no data of its rows"):
+        local.propose(jax.random.key(0))
+
+
+def test_without_a_skip_the_start_is_near():
+    target = fitting.start(SMALL, ARCHITECTURE, key=jax.random.key(0), batch=5).stream.target
+    family = {"w0": MeanFieldGamma(), "z1": Amortised(features=3, hidden=4)}
+    proposal = build_proposal(family, of_a_batch(target.sites), jax.random.key(0)).near(target.starts)
+    rates = np.exp(conditioned(target, proposal).parameters()["z1"][..., 0])
+    np.testing.assert_allclose(rates, 0.4, rtol=0.05)
+
+
+def test_unseen_documents_only_run_the_encoder(network):
+    new = corpus(6, 8, 9, 1.5)
+    found = fitting.infer(network, new, key=jax.random.key(6), samples=4)
+    again = fitting.infer(network, new, key=jax.random.key(7), samples=4, passes=3)
+    np.testing.assert_allclose(found.layers[0], again.layers[0], rtol=1e-5)
+    state = network.stream.state.shared
+    source = fitting.CorpusSource(new, 6, "poisson", local=True)
+    target = fitting.build_target(ARCHITECTURE, source, network.statistics)
+    local = next(p for p in state.parts if p.sites[0].local is not None)
+    features = target.features(network.stream.proposal(np.arange(5)).centre(), target.data)
+    rates = np.exp(jax.vmap(local.network)(features) + local.start + features[:, :2])
+    np.testing.assert_allclose(found.layers[0], rates, rtol=1e-4)
+    assert np.isfinite(found.bound).all()
+
+
+def test_rows_alone_may_move(mean_field):
+    """Without the shared parameters a pass leaves them as they are, and moves every row."""
+    fit = fitted()
+    before = everything(fit)
+    chosen = fitting.strategies(fit.stream.target, fit.stream.proposal(fit.stream.source.blocks()[0]))
+    advance(fit.stream, 2, strategies=chosen, schedule=Schedule(shared=False), rng=np.random.default_rng(3))
+    after = everything(fit)
+    for a, b in zip(before[:-2], after[:-2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (np.abs(before[-2] - after[-2]).max(1) > 0).all()
