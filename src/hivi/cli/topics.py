@@ -66,7 +66,7 @@ class By(enum.StrEnum):
     probability = "probability"
 
 
-def _option(kind: type[enum.StrEnum], name: str, text: str) -> Any:
+def choice(kind: type[enum.StrEnum], name: str, text: str) -> Any:
     """An option with these values; Typer's own message for an enumeration begins with "Value error"."""
 
     def parse(value: str) -> enum.StrEnum:
@@ -106,13 +106,13 @@ def fit(
     corpus: CorpusName = EMBEDDED,
     vocab: Vocab = None,
     layers: Layers = "100,30,15",
-    latent: Annotated[Latent, _option(Latent, "--latent", "Kind of the latent layers.")] = Latent.poisson,
+    latent: Annotated[Latent, choice(Latent, "--latent", "Kind of the latent layers.")] = Latent.poisson,
     observations: Annotated[
-        Observations, _option(Observations, "--observations", "Counts of words, or whether a word occurs.")
+        Observations, choice(Observations, "--observations", "Counts of words, or whether a word occurs.")
     ] = Observations.poisson,
-    weights: Annotated[Weights, _option(Weights, "--weights", "Kind of the weights.")] = Weights.gamma,
+    weights: Annotated[Weights, choice(Weights, "--weights", "Kind of the weights.")] = Weights.gamma,
     family: Annotated[
-        Family, _option(Family, "--family", "Of a document's latents; hierarchical grows from mean-field.")
+        Family, choice(Family, "--family", "Of a document's latents; hierarchical grows from mean-field.")
     ] = Family.mean_field,
     passes: Annotated[int, typer.Option("--passes", min=1, help="Passes over the corpus, warm-up included.")] = 120,
     warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Passes with point estimates of weights.")] = 60,
@@ -209,7 +209,7 @@ def show(
     top: Annotated[
         int | None, typer.Option("--top", min=1, help="Topics per layer, the largest first; all without.")
     ] = None,
-    by: Annotated[By, _option(By, "--by", "Order of the words.")] = By.relevance,
+    by: Annotated[By, choice(By, "--by", "Order of the words.")] = By.relevance,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
