@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.special import gammaln
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
@@ -19,15 +20,16 @@ from hivi._families.base import AbstractFamily
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
 from hivi.topics.base import Corpus
-from hivi.topics.batches import Counts, Documents
+from hivi.topics.batches import Counts
 from hivi.topics.coherence import liveness
 from hivi.topics.fitting import Inference, hierarchical
 from hivi.topics.heldout import perplexity
 from hivi.topics.model import Architecture, Priors
 from hivi.topics.scoring import predictive
 from hivi.topics.storage import load_model, save_model
-from hivi.topics.trained import Trained, absorb, blank, infer, learn, mean_latents, without_documents
+from hivi.topics.trained import Trained, absorb, blank, infer, latents, learn, mean_latents, without_documents
 
+OVERFLOW, BLOCK = 700.0, 4096
 NUMBERS = [np.float64, np.float32, np.int64, np.int32]
 PREDEFINED: dict[str, Callable[[], AbstractFamily]] = {"mean-field": MeanField, "hierarchical": hierarchical}
 
@@ -128,8 +130,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """
         architecture, family = self._architecture(), self._family()
         documents = self._documents(X, "fit", reset=True)
-        if documents.indptr[-1] == 0:
-            raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))
+        _some_words(documents)
         seed = self._seed()
         with plain_lines() if self.verbose else contextlib.nullcontext():
             fit = learn(
@@ -158,8 +159,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         architecture, family = self._architecture(), self._family()
         documents = self._documents(X, "partial_fit", reset=first)
         if first:
-            if documents.indptr[-1] == 0:
-                raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))
+            _some_words(documents)
             total = max(int(self.total_documents), 1)
             trained = blank(documents, architecture, family, seed=self._seed(), total=total)
             history = np.zeros(0)
@@ -177,36 +177,50 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """
         check_is_fitted(self)
         documents = self._documents(X, "transform")
-        found = self._infer(documents).layers[0]
+        found = self._latents(documents)[0]
         return found if getattr(X, "dtype", None) == np.float32 else found.astype(np.float64)
 
     def latents(self, X: Any) -> list[np.ndarray]:
         """Posterior means of all layers, (documents, units) each; the first is what `transform` returns."""
         check_is_fitted(self)
-        return [np.asarray(z, np.float64) for z in self._infer(self._documents(X, "latents")).layers]
+        return [np.asarray(z, np.float64) for z in self._latents(self._documents(X, "latents"))]
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Bound on Σ_d log p(x_d), in nats, summed over documents; higher is better.
+        """Bound on the log-likelihood of documents, in nats, summed over them; higher is better.
 
-        E_q[log p(x, z | w) - log q(z)], under q of the weights as they are: what the weights themselves cost is not in it.
+        As in scikit-learn's `LatentDirichletAllocation` it is that of tokens in their order: of log p(x), the likelihood of
+        counts, less log(n_d! / Π_v x_dv!), in how many orders the n_d tokens of a document can stand; with Bernoulli observations
+        of log p(x) itself. Under q of the weights as they are: what these cost is not in it.
         """
         check_is_fitted(self)
-        return float(self._infer(self._documents(X, "score")).bound.sum())
+        return self._score(self._documents(X, "score"))
 
     def perplexity(self, X: Any) -> float:
-        """exp(-score / tokens), lower is better: like `LatentDirichletAllocation.perplexity`, by a bound.
+        """exp(-score / tokens), lower is better; comparable with `LatentDirichletAllocation.perplexity`, also a bound.
 
-        With Bernoulli observations per different word. Documents are seen whole; see `completion_perplexity`.
+        Documents are seen whole; `completion_perplexity` is the fairer test. Bernoulli observations: per different word.
 
         Raises:
             CorpusError: X has no tokens.
         """
         check_is_fitted(self)
         documents = self._documents(X, "perplexity")
-        tokens = _tokens(documents, self._trained.architecture.observations)
-        if not tokens > 0:
-            raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))
-        return math.exp(min(-float(self._infer(documents).bound.sum()) / tokens, 700.0))
+        counted = self._trained.architecture.observations == "poisson"
+        tokens = float(documents.counts.sum()) if counted else float(documents.indptr[-1])
+        _some_words(documents)
+        return math.exp(min(-self._score(documents) / tokens, OVERFLOW))
+
+    def _score(self, documents: Corpus | Counts) -> float:
+        bound = float(self._infer(documents).bound.sum())
+        if self._trained.architecture.observations == "bernoulli":
+            return bound
+        lengths, orders = np.zeros(documents.n_documents), 0.0
+        for start in range(0, documents.n_documents, BLOCK):
+            ids = np.arange(start, min(start + BLOCK, documents.n_documents))
+            rows = documents.rows(ids)
+            lengths[ids] = rows.sum(axis=1)
+            orders -= float(gammaln(rows.data + 1.0).sum())
+        return bound - orders - float(gammaln(lengths + 1.0).sum())
 
     def completion_perplexity(self, observed: Any, heldout: Any) -> float:
         """Perplexity of held-out tokens of documents, of which the observed ones are known; lower is better.
@@ -305,9 +319,13 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             raise CorpusError(message(f"corpus {corpus.name!r}", f"{corpus.n_words} words", expected, cure))
         return corpus
 
-    def _infer(self, documents: Documents) -> Inference:
+    def _infer(self, documents: Corpus | Counts) -> Inference:
         _positive("transform_passes", self.transform_passes)
         return infer(self._trained, documents, passes=self.transform_passes)
+
+    def _latents(self, documents: Corpus | Counts) -> list[np.ndarray]:
+        _positive("transform_passes", self.transform_passes)
+        return latents(self._trained, documents, passes=self.transform_passes)
 
     def _set(self, trained: Trained, means: list[np.ndarray]) -> None:
         """The fitted attributes."""
@@ -325,8 +343,6 @@ def _positive(name: str, value: Any) -> None:
         raise TargetError(message(f"DeepExponentialFamily({name}=...)", repr(value), "1 or more", "correct it"))
 
 
-def _tokens(documents: Corpus | Counts, observations: str) -> float:
-    """How much there is to foresee: all tokens, or different words of documents."""
-    if observations == "bernoulli":
-        return float(documents.indptr[-1])
-    return float(documents.counts.sum())  # both kinds of documents have it
+def _some_words(documents: Corpus | Counts) -> None:
+    if not documents.indptr[-1]:
+        raise CorpusError(message("X", "no words", "at least one document with a word", "check the counts"))

@@ -17,24 +17,25 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float
 
+from hivi._estimators.base import AbstractStrategy
 from hivi._families.base import AbstractFamily
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._fit import store
 from hivi._fit.progress import Bar
 from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule
-from hivi._fit.streaming import Stream, advance, open_stream, per_block
+from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
 from hivi._space import Plate
 from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.batches import PLATE, CorpusSource, Counts, Documents
 from hivi.topics.fitting import (
     LOCAL_BATCH,
-    LOCAL_PASSES,
     Inference,
     TopicFit,
     grow,
     latent_means,
+    localised,
     proposal_for,
     read,
     start,
@@ -159,7 +160,7 @@ def blank(
 
 def absorb(
     trained: Trained, documents: Documents, *, batch: int, passes: int
-) -> tuple[Trained, float, list[Float[np.ndarray, " units"]]]:
+) -> tuple[Trained, float, list[Float[np.ndarray, " _"]]]:
     """Learn from a part of a stream of documents: one conjugate step per minibatch.
 
     The documents' own parameters are fitted first, with the weights as they are; then the weights take a step of size
@@ -169,7 +170,7 @@ def absorb(
         trained: where to go on from; it stays as it is.
         documents: of the same vocabulary.
         batch: documents per minibatch.
-        passes: gradient steps per document.
+        passes: gradient steps per document; None as `hivi.topics.infer` takes it.
 
     Returns:
         What is learnt, the bound for the whole corpus in nats, and the mean of every unit of each layer over the documents.
@@ -182,9 +183,10 @@ def absorb(
     whole.plate = Plate(PLATE, max(trained.documents, documents.n_documents), source.plate.batch)
     target = interned(dataclasses.replace(build_target(a, whole, trained.statistics), source=source), a)
     stream = _opened(trained, target, _key(trained.seed, _LEARN, number))
-    chosen = strategies(target, stream.proposal(source.blocks()[0]))
-    rng = np.random.default_rng((trained.seed, number))
-    advance(stream, passes, strategies=chosen, schedule=Schedule(shared=False), rng=rng)
+    proposal = stream.proposal(source.blocks()[0])
+    chosen, rng = strategies(target, proposal), np.random.default_rng((trained.seed, number))
+    own = 0 if proposal.amortised else passes
+    advance(stream, own, strategies=chosen, schedule=Schedule(shared=False), rng=rng)
     local = len(stream.elbo)
     stream.steps = trained.steps
     delay = AFTER_WARM_UP if trained.settled else 1.0
@@ -195,39 +197,61 @@ def absorb(
 
 
 def infer(
-    trained: Trained, documents: Documents, *, passes: int = LOCAL_PASSES, samples: int = MEAN_SAMPLES
+    trained: Trained, documents: Documents, *, passes: int | None = None, samples: int = MEAN_SAMPLES
 ) -> Inference:
     """Latents of documents, and each one's share of the bound; see `hivi.topics.fitting.infer`.
 
     Args:
         trained: the model; the same model and documents give the same answer.
         documents: any documents over its vocabulary.
-        passes: gradient steps per document.
+        passes: gradient steps per document; None as `hivi.topics.infer` takes it.
         samples: draws per document for the bound.
     """
+    stream, chosen, key = _inferred(trained, documents, passes)
+    return read(stream, trained.architecture, chosen, key=key, samples=samples)
+
+
+def latents(
+    trained: Trained, documents: Documents, *, passes: int | None = None
+) -> list[Float[np.ndarray, "documents _"]]:
+    """The latents of `infer` alone, one array per layer."""
+    stream, _, key = _inferred(trained, documents, passes)
+    return _means(stream, trained.architecture, key)
+
+
+def _inferred(
+    trained: Trained, documents: Documents, passes: int | None
+) -> tuple[Stream, dict[str, AbstractStrategy], Key]:
+    """A stream over documents whose own parameters are fitted, and a key for what is read off it."""
     a, key = trained.architecture, _key(trained.seed, _INFER)
     size = min(2 ** math.ceil(math.log2(max(documents.n_documents, 1))), LOCAL_BATCH)
     source = CorpusSource(documents, size, a.observations, local=True)
     target = interned(build_target(a, source, trained.statistics), a)
     stream = _opened(trained, target, key)
+    stream, usual = localised(stream)
     chosen = strategies(target, stream.proposal(source.blocks()[0]))
-    if trained.family.inner() is trained.family:  # an inference network needs no fitting
-        advance(stream, passes, strategies=chosen, schedule=Schedule(shared=False), rng=np.random.default_rng(0))
-    return read(stream, a, chosen, key=jax.random.fold_in(key, 1), samples=samples)
+    schedule, rng = Schedule(shared=False), np.random.default_rng(0)
+    advance(stream, usual if passes is None else passes, strategies=chosen, schedule=schedule, rng=rng)
+    return stream, chosen, jax.random.fold_in(key, 1)
 
 
-def mean_latents(fit: TopicFit, seed: int) -> list[Float[np.ndarray, " units"]]:
+def mean_latents(fit: TopicFit, seed: int) -> list[Float[np.ndarray, " _"]]:
     """E[z] of every unit of each layer, on average over the documents of a fit."""
     return unit_means(fit.stream, fit.architecture, _key(seed, _INFER))
 
 
-def unit_means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, " units"]]:
+def unit_means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, " _"]]:
     """E[z] of every unit of each layer, on average over a stream's documents."""
+    return [z.mean(axis=0, dtype=np.float64) for z in _means(stream, architecture, key)]
+
+
+def _means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, "documents _"]]:
+    """E[z] of every document, one array per layer, as the documents' parameters are now."""
     found = per_block(
         stream, lambda target, proposal, k: latent_means(target, proposal, k, architecture, MEAN_SAMPLES), key
     )
     names = [z_name(k) for k in range(1, architecture.depth + 1)]
-    return [np.concatenate([means[n] for means in found]).mean(axis=0, dtype=np.float64) for n in names]
+    return [in_order(stream.source, [means[name] for means in found]) for name in names]
 
 
 def interned(target: Target, architecture: Architecture) -> Target:
