@@ -26,8 +26,8 @@ from hivi.topics.peers import evaluate_peer, fit_lda, fit_nmf
 from hivi.topics.scoring import HeldOut
 
 QUICK = Plan(
-    layers=((8,), (8, 4)), passes=4, warm_up=0, extra=2, seeds=(0,), family=hierarchical(1, 1), local_passes=4, settled_passes=8, tested=8,
-    draws=64, curvature_passes=4,
+    layers=((8,), (8, 4)), passes=4, warm_up=0, extra=2, seeds=(0,), family=hierarchical(1, 1), local_passes=4, settled_passes=8,
+    tested=8, draws=64, curvature_passes=4,
 )  # fmt: skip
 QUICK_DOCUMENTS = 300
 CLEAR = 2.0
@@ -107,7 +107,7 @@ def verdict(row: Row) -> str:
         return f"{row_name(row.layers)}: {first}; {second}; no second-order test (latents are not discrete)."
     worth = c.gain_to_expect
     test = (
-        f"{c.share:.0%} of the documents tested have a direction worth mixing (2 % by chance), for {worth.mean:.2g} nats each"
+        f"{c.share:.0%} of the documents tested have a direction worth mixing (by chance 2%), {worth.mean:.2g} nats on average"
         if c.share > 0
         else "no document tested has a direction worth mixing: mean-field is locally best"
     )

@@ -67,7 +67,8 @@ def hierarchy(
         weights: w0 (words, topics), w1 (topics, super-topics), ...: as they act in the rates.
         vocabulary: the words.
         shares: of the units of each layer; see `unit_shares`.
-        frequencies: of the words in the corpus: words are ranked by relevance; without them by probability.
+        frequencies: of the words in the corpus: words, and children by their parts, are ranked by relevance; without them by
+            probability.
         words: per unit.
         children: per super-topic, at most.
         top: units per layer, at most; all if None.
@@ -96,7 +97,8 @@ def hierarchy(
         parts = made_of[layer]
         if parts is not None:
             own = parts[:, number]
-            order = [int(k) for k in np.argsort(-own, kind="stable")[:children] if own[k] > NEGLIGIBLE]
+            usual = 1.0 if frequencies is None else np.maximum(parts.mean(axis=1), 1e-300) ** (1 - BLEND)
+            order = [int(k) for k in np.argsort(-own / usual, kind="stable")[:children] if own[k] > NEGLIGIBLE]
             inner = tuple(unit(layer - 1, k, float(own[k])) for k in order)
         best = tuple(vocabulary[v] for v in ranked[layer][number])
         return Topic(layer + 1, number, share, share > LEAST / len(shares[layer]), best, inner, part)
