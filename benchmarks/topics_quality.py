@@ -64,6 +64,7 @@ def evaluate(fit: TopicFit, split: Any) -> dict[str, Any]:
 
 def record(name: str, key: str, figures: dict[str, Any]) -> dict[str, Any]:
     """Add figures to `results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[key] = figures

@@ -68,6 +68,7 @@ def estimate(
     closed = {n: s for n, s in strategies.items() if isinstance(s, Expectation)}
     if closed:
         local = local.expecting(tuple(closed), plug_in=any(s.plug_in for s in closed.values()))
+    local = local.averaging(target.averaged) if target.averaged else local
     branches, log_pi = local.branches, local.log_weights()
     check_minibatch(target, bound, branches)
     keys = shard(jax.random.split(key, (samples, bound.draws, branches)))

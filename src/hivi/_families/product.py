@@ -94,7 +94,8 @@ def _by_plate(family: AbstractFamily, sites: tuple[Site, ...]) -> dict[Plate | N
 
 def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Key) -> AbstractProposal:
     rows = tuple(s.row() for s in sites)
-    keys = jax.random.split(key, plate.size)
+    count = next(s.shape[s.local[1]] for s in sites if s.local is not None)  # all rows, or those of one minibatch
+    keys = jax.random.split(key, count)
     example = family.at_row(sites, jnp.array(0)).build(rows, keys[0])
     if example.branches > 1:
         raise FamilyError(
@@ -110,7 +111,7 @@ def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Ke
     def arrays_of(k: Key, row: Array) -> PyTree:
         return eqx.filter(family.at_row(sites, row).build(rows, k), eqx.is_array)
 
-    stacked = jax.vmap(arrays_of)(keys, jnp.arange(plate.size))
+    stacked = jax.vmap(arrays_of)(keys, jnp.arange(count))
     mask = jax.tree.map(lambda flag, x: flag, example.individual(), example)
     flags = tuple(m for m, x in zip(jax.tree.leaves(mask), jax.tree.leaves(example), strict=True) if eqx.is_array(x))
     arrays = [x if own else x[0] for own, x in zip(flags, jax.tree.leaves(stacked), strict=True)]
@@ -306,6 +307,9 @@ class ProductProposal(AbstractProposal):
 
     def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.expecting(sites, plug_in) for p in self.parts))
+
+    def averaging(self, sites: tuple[str, ...]) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.averaging(sites) for p in self.parts))
 
     def views(self) -> dict[str, Latents]:
         out: dict[str, Latents] = {}

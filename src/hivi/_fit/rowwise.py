@@ -32,6 +32,7 @@ def row_bounds(
     closed = tuple(n for n, s in strategies if isinstance(s, Expectation))
     proposal = conditioned(target, proposal)
     local = proposal.expecting(closed) if closed else proposal
+    local = local.averaging(target.averaged) if target.averaged else local
     rows = {p.name: jnp.arange(p.batch) for p in target.plates}
     mine = {s.name for s in target.sites if s.local is not None}
     (plate,) = target.plates

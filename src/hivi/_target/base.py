@@ -70,6 +70,8 @@ class Target(eqx.Module):
         closed: real sites w whose expectation can be taken in closed form, because every term is linear in w or in e^w, or
             convex in w (where E[w] gives a lower bound, by Jensen's inequality).
         views: pairs (term, "mean" or "logmeanexp"): at which mean of those sites a term is evaluated; "mean" if unlisted.
+        averaged: real sites w that are drawn, but whose terms in the view "logmeanexp" (or "logmeanexp NAME", for that site
+            alone) are linear in e^w: there log E[e^w] takes the place of the draw, where the family knows it.
         starts: site -> mean in the model's own space at which a fit starts, or one row of it for a local site.
         features: (central values of global sites, data) -> features of the rows, for inference networks; no gradient.
     """
@@ -84,6 +86,7 @@ class Target(eqx.Module):
     source: Source | None = eqx.field(static=True, default=None)
     closed: tuple[str, ...] = eqx.field(static=True, default=())
     views: tuple[tuple[str, str], ...] = eqx.field(static=True, default=())
+    averaged: tuple[str, ...] = eqx.field(static=True, default=())
     starts: dict[str, Array] = eqx.field(default_factory=dict)
     features: Callable[[Latents, PyTree], Array] | None = eqx.field(static=True, default=None)
 

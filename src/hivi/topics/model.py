@@ -90,7 +90,7 @@ def build_target(architecture: Architecture, source: CorpusSource, statistics: d
     closed = tuple(w_name(k) for k in range(architecture.depth) if model.closed(k))
     return Target(
         "deep exponential family", sites, factored, data, (source.plate,), source=source, closed=closed, views=model.views(),
-        starts=model.starts(fixed), features=Features(model),
+        averaged=model.averaged(), starts=model.starts(fixed), features=Features(model),
     )  # fmt: skip
 
 

@@ -82,14 +82,10 @@ class Terms:
             return {f"{name}.logit": value * eta - jax.nn.softplus(eta)}
         eta = jnp.full(value.shape, a.priors.level) if top else self.eta(layer, z)
         if a.latent == "gamma":
+            # Density of log z: the Jacobian is part of it.
             shape = a.priors.gamma_shape
-            log_z = z[name]  # density of log z: the Jacobian is part of it
-            return {
-                f"{name}.log": shape * (log_z - jnp.log(eta))
-                + shape * np.log(shape)
-                - gammaln(shape)
-                - shape * value / eta
-            }
+            density = shape * (z[name] - jnp.log(eta)) + shape * np.log(shape) - gammaln(shape)
+            return {f"{name}.log": density, f"{name}.rate": -shape * value / eta}
         out = {f"{name}.log": value * jnp.log(eta), f"{name}.factorial": -gammaln(value + 1.0)}
         if top:
             return out | {f"{name}.rate": -eta}
@@ -177,13 +173,16 @@ class Terms:
 
     def views(self) -> tuple[tuple[str, str], ...]:
         """Terms that are linear in e^w; the others are linear or convex in w."""
-        depth = self.architecture.depth
-        names = [
-            "x.rate",
-            *(f"{w_name(k)}.prior rate" for k in range(depth)),
-            *(f"{z_name(k)}.rate" for k in range(1, depth)),
-        ]
-        return tuple((name, "logmeanexp") for name in names)
+        depth, gamma = self.architecture.depth, self.architecture.latent == "gamma"
+        names = ["x.rate", *(f"{w_name(k)}.prior rate" for k in range(depth))]
+        names += [] if gamma else [f"{z_name(k)}.rate" for k in range(1, depth)]
+        own = [(f"{z_name(k)}.rate", f"logmeanexp {z_name(k)}") for k in range(1, depth + 1)] if gamma else []
+        return (*((name, "logmeanexp") for name in names), *own)
+
+    def averaged(self) -> tuple[str, ...]:
+        """Latents e^w whose rates are linear in them: a LogNormal's tail makes draws of the rate useless."""
+        names = tuple(z_name(k) for k in range(1, self.architecture.depth + 1))
+        return names if self.architecture.latent == "gamma" else ()
 
     def declared(self) -> dict[str, Any]:
         """Locality of the sparse term: document d touches row d of z1, and all topics."""
