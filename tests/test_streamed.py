@@ -308,11 +308,10 @@ def test_without_a_skip_the_start_is_near():
     np.testing.assert_allclose(rates, 0.4, rtol=0.05)
 
 
-def test_unseen_documents_only_run_the_encoder(network):
+def test_unseen_documents_start_at_the_encoders_answer(network):
+    """With no passes it stands as it is; with many the bound is no lower."""
     new = corpus(6, 8, 9, 1.5)
-    found = fitting.infer(network, new, key=jax.random.key(6), samples=4)
-    again = fitting.infer(network, new, key=jax.random.key(7), samples=4, passes=3)
-    np.testing.assert_allclose(found.layers[0], again.layers[0], rtol=1e-5)
+    found = fitting.infer(network, new, key=jax.random.key(6), samples=400, passes=0)
     state = network.stream.state.shared
     source = fitting.CorpusSource(new, 6, "poisson", local=True)
     target = fitting.build_target(ARCHITECTURE, source, network.statistics)
@@ -320,7 +319,8 @@ def test_unseen_documents_only_run_the_encoder(network):
     features = target.features(network.stream.proposal(np.arange(5)).centre(), target.data)
     rates = np.exp(jax.vmap(local.network)(features) + local.start + features[:, :2])
     np.testing.assert_allclose(found.layers[0], rates, rtol=1e-4)
-    assert np.isfinite(found.bound).all()
+    refined = fitting.infer(network, new, key=jax.random.key(6), samples=400, passes=300)
+    assert refined.bound.sum() > found.bound.sum() - 0.5
 
 
 def test_rows_alone_may_move(mean_field):
