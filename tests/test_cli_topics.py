@@ -25,7 +25,8 @@ from hivi.reproduce.topic_rows import Clock, Pair, Plan, Row, cut_documents
 from hivi.topics.base import Corpus
 from hivi.topics.batches import CorpusSource, Counts
 from hivi.topics.document_curvature import at_views, document_curvature
-from hivi.topics.fitting import Inference, proposal_for
+from hivi.topics.estimator import DeepExponentialFamily
+from hivi.topics.fitting import Inference, hierarchical, proposal_for
 from hivi.topics.heldout import Scores, make_split
 from hivi.topics.model import Architecture, build_target, corpus_statistics
 from hivi.topics.provenance import Provenance, provenance, signatures
@@ -237,6 +238,7 @@ def test_reproduce_def_in_a_small_way(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "def.json").read_text())["tables"] == found["tables"]
     assert (tmp_path / "out" / "def.png").is_file()
     assert "second-order test" in found["notes"][-1]
+    assert "the verdicts say nothing" in found["notes"][0]
 
 
 def held(bounds: list[float], log_likelihood: list[float] | None = None) -> HeldOut:
@@ -379,12 +381,10 @@ def test_differences_are_taken_at_each_terms_own_view() -> None:
 
 
 def test_the_curvature_of_documents_refuses(trained: Trained) -> None:
-    from hivi.topics.estimator import DeepExponentialFamily
-
     model = DeepExponentialFamily.load(trained.run)._trained
     for change, text in (
         ({"architecture": Architecture(layers=(4,), latent="gamma")}, "discrete latents"),
-        ({"family": None}, "mean-field"),
+        ({"family": hierarchical()}, "mean-field"),
     ):
         broken = dataclasses.replace(model, **change)
         with pytest.raises(FitError, match=text):
