@@ -92,12 +92,11 @@ class FlowProposal(AbstractProposal):
         return FlowProposal(self.sites, self.location, self.log_scale, bijection)
 
     def centres(self) -> PyTree:
-        rest = jax.tree.map(lambda _: False, self.bijection)
-        return FlowProposal(self.sites, True, True, rest)  # type: ignore[arg-type]
+        rest = jax.tree.map(lambda _: False, self)
+        return eqx.tree_at(lambda p: (p.location, p.log_scale), rest, (True, True))
 
     def roles(self) -> PyTree:
-        rest = jax.tree.map(lambda _: "free", self.bijection)
-        return FlowProposal(self.sites, "natural", "free", rest)  # type: ignore[arg-type]
+        return eqx.tree_at(lambda p: p.location, jax.tree.map(lambda _: "free", self), "natural")
 
     def precondition(self, rule: Callable[[Array], Array]) -> FlowProposal:
         return FlowProposal(self.sites, rule(self.location), self.log_scale, self.bijection)

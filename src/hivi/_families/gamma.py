@@ -151,7 +151,7 @@ def digamma(x: Array) -> Array:
 def log_gamma(x: Array) -> Array:
     """Log Gamma of positive numbers by the same recurrence and Stirling's series."""
     y = x + 6
-    product = x * (x + 1) * (x + 2) * (x + 3) * (x + 4) * (x + 5)
+    shifted = jnp.log(x * (x + 1) * (x + 2)) + jnp.log((x + 3) * (x + 4) * (x + 5))
     square = 1 / (y * y)
     series = (1 / 12 - square * (1 / 360 - square / 1260)) / y
-    return (y - 0.5) * jnp.log(y) - y + 0.5 * jnp.log(2 * jnp.pi) + series - jnp.log(product)
+    return (y - 0.5) * jnp.log(y) - y + 0.5 * jnp.log(2 * jnp.pi) + series - shifted

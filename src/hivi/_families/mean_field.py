@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -104,8 +102,7 @@ class MeanFieldProposal(AbstractProposal):
         return jax.tree.map(lambda _: True, self)
 
     def owned(self) -> PyTree:
-        flags: dict[str, Any] = {s.name: s.local is not None for s in self.sites}
-        return MeanFieldProposal(self.sites, flags)
+        return eqx.tree_at(lambda p: p.lam, self, {s.name: s.local is not None for s in self.sites})
 
     @property
     def factorised(self) -> bool:

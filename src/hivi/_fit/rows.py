@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from typing import Any
 
 import equinox as eqx
@@ -34,6 +35,7 @@ class Records:
             self._table = np.tile(self.template, (rows, 1))
         else:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the records
+            weakref.finalize(self, self._file.close)
 
     def read(self, ids: np.ndarray) -> Float[np.ndarray, "ids width"]:
         """Records of rows; -1 reads as the template."""

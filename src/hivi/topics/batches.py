@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,6 +20,7 @@ GRID = 1.1
 """Numbers of chunks lie on a grid of this ratio, so that two corpora often share a compilation."""
 
 
+@runtime_checkable
 class Documents(Protocol):
     """What a source needs of a corpus."""
 

@@ -86,22 +86,23 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     Source: Ranganath, Tang, Charlin and Blei (2015), Deep Exponential Families.
     """
 
+    # Of any type, since scikit-learn wants no checks before `fit`, which makes them.
     def __init__(
         self,
-        layers: Sequence[int] = (100, 30, 15),
+        layers: Any = (100, 30, 15),
         *,
-        latent: str = "poisson",
-        observations: str = "poisson",
-        weights: str = "gamma",
+        latent: Any = "poisson",
+        observations: Any = "poisson",
+        weights: Any = "gamma",
         family: Any = None,
-        priors: Priors | None = None,
-        passes: int = 120,
-        warm_up: int = 60,
-        batch_size: int = 180,
-        transform_passes: int = 60,
-        total_documents: float = 1e6,
+        priors: Any = None,
+        passes: Any = 120,
+        warm_up: Any = 60,
+        batch_size: Any = 180,
+        transform_passes: Any = 60,
+        total_documents: Any = 1e6,
         random_state: Any = None,
-        verbose: int = 0,
+        verbose: Any = 0,
     ):
         self.layers = layers
         self.latent = latent
@@ -275,12 +276,12 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             _positive(name, getattr(self, name))
         if not self.warm_up >= 0:
             raise TargetError(message("warm_up", repr(self.warm_up), "0 or more passes", "correct it"))
-        layers = tuple(self.layers) if isinstance(self.layers, Sequence | np.ndarray) else self.layers
+        if not isinstance(self.layers, Sequence | np.ndarray):
+            found, cure = repr(self.layers), "pass (100,) for one layer"
+            raise TargetError(message("DeepExponentialFamily(layers=...)", found, "a sequence of integers", cure))
+        layers = tuple(int(k) if isinstance(k, np.integer) else k for k in self.layers)
         priors = Priors() if self.priors is None else self.priors
-        latent: Any = self.latent
-        observations: Any = self.observations
-        weights: Any = self.weights
-        return Architecture(layers, latent, observations, weights, priors)
+        return Architecture(layers, self.latent, self.observations, self.weights, priors)
 
     def _family(self) -> AbstractFamily:
         chosen = "mean-field" if self.family is None else self.family

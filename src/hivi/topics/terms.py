@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammaln
 from jaxtyping import Array
+from numpyro.distributions import Normal
 
 from hivi._locality.base import ALL, Along
 from hivi._space import Latents
@@ -99,9 +100,9 @@ class Terms:
         a, name = self.architecture, w_name(layer)
         w, priors = z[name], a.priors
         if a.weights == "normal" or a.signed(layer):
-            out = {f"{name}.prior": -0.5 * ((w - self._location(layer, data)) / priors.scale) ** 2}
+            out = {f"{name}.prior": Normal(self._location(layer, data), priors.scale).log_prob(w)}
             if a.signed(layer):
-                out[f"b{layer}.prior"] = -0.5 * (z[f"b{layer}"] + 2.0) ** 2
+                out[f"b{layer}.prior"] = Normal(-2.0, 1.0).log_prob(z[f"b{layer}"])
             return out
         shape = priors.topic_shape if layer == 0 else priors.layer_shape
         rate = shape / self.mean_weight(layer, data["fixed"])
@@ -209,8 +210,8 @@ class Words:
 
     def __call__(self, z: Latents, moved: Array, data: Any, rows: Any) -> Array:
         z1, to, model = self.model.value(1, z), moved.astype(jnp.result_type(float)), self.model
-        kind = model.architecture.observations
-        return self.scale * differences(kind, model.weight(0, z), z1, to, model.floor(data), data["rows"])
+        kind, unit = model.architecture.observations, model.architecture.latent == "poisson"
+        return self.scale * differences(kind, model.weight(0, z), z1, to, model.floor(data), data["rows"], unit)
 
 
 @dataclasses.dataclass(frozen=True)
