@@ -73,6 +73,12 @@ def record(name: str, key: str, figures: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
+def done(key: str) -> bool:
+    """Whether the table has this row already: delete its JSON file to start afresh."""
+    path = RESULTS / "topics_perplexity.json"
+    return path.exists() and key in json.loads(path.read_text())
+
+
 def settings() -> dict[str, tuple[tuple[int, ...], bool]]:
     """Label -> layers, inference network."""
     return {
@@ -85,12 +91,15 @@ def settings() -> dict[str, tuple[tuple[int, ...], bool]]:
 
 def perplexities(names: list[str]) -> None:
     """Parts b and f, one seed a fit; the split is the corpora's own."""
-    known: dict[str, Any] = {}
+    path = RESULTS / "topics_perplexity.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for name in names:
         corpus = read_corpus(DATA / name / f"docword.{name}.txt.gz")
         split = make_split(corpus)
         documents = corpus.subset(split.train)
         for label, (layers, network) in settings().items():
+            if done(f"{name}|{label}"):
+                continue
             architecture = Architecture(layers=layers)
             began = time.process_time()
             fit = start(documents, architecture, amortised(architecture) if network else None, key=jax.random.key(0))
@@ -105,8 +114,10 @@ def perplexities(names: list[str]) -> None:
             }  # fmt: skip
             known = record("topics_perplexity", f"{name}|{label}", figures)
         for label, peer in (("unigram", fit_unigram), ("NMF + 10 % unigram", fit_nmf), ("LDA (scikit-learn)", fit_lda)):
+            if done(f"{name}|{label}"):
+                continue
             options = {} if label == "unigram" else {"n_topics": 100}
-            found_peer = evaluate_peer(lambda a, b, peer=peer, options=options: peer(a, b, **options), documents, split)
+            found_peer = evaluate_peer(lambda a, b, peer=peer, options=options: peer(a, b, **options), corpus, split)
             figures = {
                 "perplexity": found_peer.perplexity, "cpu": found_peer.seconds, "npmi": float(np.mean(found_peer.npmi)),
                 "alive": int(found_peer.liveness.alive.sum()), "topics": len(found_peer.liveness.alive),
