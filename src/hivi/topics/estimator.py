@@ -22,7 +22,7 @@ from hivi._fit.progress import plain_lines
 from hivi.topics.base import Corpus
 from hivi.topics.batches import Counts
 from hivi.topics.coherence import liveness
-from hivi.topics.fitting import Inference, hierarchical
+from hivi.topics.fitting import Inference, amortised, hierarchical
 from hivi.topics.heldout import perplexity
 from hivi.topics.model import Architecture, Priors
 from hivi.topics.scoring import predictive
@@ -31,7 +31,11 @@ from hivi.topics.trained import Trained, absorb, blank, infer, latents, learn, m
 
 OVERFLOW, BLOCK = 700.0, 4096
 NUMBERS = [np.float64, np.float32, np.int64, np.int32]
-PREDEFINED: dict[str, Callable[[], AbstractFamily]] = {"mean-field": MeanField, "hierarchical": hierarchical}
+PREDEFINED: dict[str, Callable[[Architecture], AbstractFamily]] = {
+    "mean-field": lambda _: MeanField(),
+    "hierarchical": lambda _: hierarchical(),
+    "amortised": amortised,
+}
 
 
 class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -45,8 +49,9 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         latent: "poisson", "bernoulli" (sigmoid belief network) or "gamma".
         observations: "poisson" counts of words, or "bernoulli" for whether a word occurs.
         weights: "gamma", or "normal" through a softplus.
-        family: variational family of a document's latents: None or "mean-field"; "hierarchical"; or `hivi.MeanField()` or a
-            `hivi.Hierarchical(..., shared=True)`, which grows from a mean-field fit.
+        family: variational family of a document's latents: None or "mean-field"; "amortised", an inference network, which gives
+            the best perplexities; "hierarchical"; or `hivi.MeanField()` or a `hivi.Hierarchical(..., shared=True)`, which
+            grows from a mean-field fit.
         priors: hyperparameters, `hivi.topics.Priors`; its defaults if None.
         passes: passes over the documents in `fit`, warm-up included.
         warm_up: passes at the start with point estimates of the weights; at most `passes`.
@@ -77,9 +82,9 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     Example:
         >>> import numpy as np
-        >>> import hivi
+        >>> from hivi.topics.estimator import DeepExponentialFamily
         >>> X = np.kron(np.eye(2, dtype=int), np.full((20, 4), 3))  # two kinds of documents
-        >>> model = hivi.DeepExponentialFamily(layers=(2,), passes=40, warm_up=20, random_state=0).fit(X)
+        >>> model = DeepExponentialFamily(layers=(2,), passes=40, warm_up=20, random_state=0).fit(X)
         >>> model.components_.shape, model.transform(X[:3]).shape
         ((2, 8), (3, 2))
 
@@ -288,7 +293,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if isinstance(chosen, AbstractFamily):
             return chosen
         if isinstance(chosen, str) and chosen in PREDEFINED:
-            return PREDEFINED[chosen]()
+            return PREDEFINED[chosen](self._architecture())
         expected = f"None, one of {list(PREDEFINED)}, or a family"
         cure = "pass hivi.MeanField(), or hivi.Hierarchical(..., shared=True)"
         raise FamilyError(message("DeepExponentialFamily(family=...)", repr(chosen), expected, cure))

@@ -68,6 +68,19 @@ class Trained:
         settled: whether a fit has converged, and further documents may move it only a little.
         passes: passes over the data so far, or parts of a stream.
         seed: of everything random.
+
+    Example:
+        >>> import numpy as np, scipy.sparse as sp
+        >>> from hivi._families.mean_field import MeanField
+        >>> from hivi.topics.batches import Counts
+        >>> from hivi.topics.model import Architecture
+        >>> from hivi.topics.trained import infer, learn, without_documents
+        >>> documents = Counts(sp.csr_array(np.kron(np.eye(2, dtype=int), np.full((3, 2), 5))))
+        >>> options = {"seed": 0, "passes": 2, "warm_up": 1, "batch": 6}
+        >>> fit = learn(documents, Architecture(layers=(2,)), MeanField(), **options)
+        >>> trained = without_documents(fit, documents.n_documents, seed=0)
+        >>> [z.shape for z in infer(trained, documents, passes=2).layers]
+        [(6, 2)]
     """
 
     architecture: Architecture
