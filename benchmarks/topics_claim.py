@@ -87,7 +87,7 @@ def table(found: dict[str, dict[str, float]]) -> None:
         rows.append((*key.split("|"), f"{f['bound']:.1f}", f"{f['gain']:+.3f} ± {f['stderr']:.3f}", test))
     write(
         "topics_claim", "HVM against mean-field by latent, depth and length", "python benchmarks/topics_claim.py",
-        ("corpus", "latent", "layers", "mean-field's bound per document", "HVM - mean-field", "documents with a direction, its worth"),
+        ("corpus", "latent", "layers", "mean-field's bound", "HVM - mean-field", "documents with a direction, its worth"),
         rows,
         [
             "Nats per test document, ± the standard error over documents; both from one mean-field fit, with the same further",

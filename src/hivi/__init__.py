@@ -23,6 +23,7 @@ from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
 from hivi.interop.arviz import to_arviz
 from hivi.interop.numpyro import from_numpyro
+from hivi.topics.estimator import DeepExponentialFamily
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "Component",
     "CorpusError",
     "Curvature",
+    "DeepExponentialFamily",
     "Difference",
     "Elbo",
     "Estimate",

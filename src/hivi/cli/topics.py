@@ -57,6 +57,7 @@ class Family(enum.StrEnum):
 
     mean_field = "mean-field"
     hierarchical = "hierarchical"
+    amortised = "amortised"
 
 
 class By(enum.StrEnum):
@@ -112,7 +113,10 @@ def fit(
     ] = Observations.poisson,
     weights: Annotated[Weights, choice(Weights, "--weights", "Kind of the weights.")] = Weights.gamma,
     family: Annotated[
-        Family, choice(Family, "--family", "Of a document's latents; hierarchical grows from mean-field.")
+        Family,
+        choice(
+            Family, "--family", "Of a document's latents; hierarchical grows from mean-field, amortised is a network."
+        ),
     ] = Family.mean_field,
     passes: Annotated[int, typer.Option("--passes", min=1, help="Passes over the corpus, warm-up included.")] = 120,
     warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Passes with point estimates of weights.")] = 60,
