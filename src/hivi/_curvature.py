@@ -216,6 +216,9 @@ def _check(fit: Fit, samples: int, top: int) -> tuple[Target, Block]:
     if fit.target is None:
         cure = "hivi.load(folder, target=target)"
         raise FitError(message("curvature", "a run loaded without its target", "the target", cure))
+    if fit.target.source is not None:
+        cure = "hivi.topics.document_curvature.document_curvature tests documents of a topic model"
+        raise FitError(message("curvature", "a streamed target, of which no rows are at hand", "data in memory", cure))
     if samples < 64:
         raise FitError(message("curvature(samples=...)", str(samples), "at least 64", "ask for more samples"))
     if top < 1:

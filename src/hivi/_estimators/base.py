@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -70,6 +70,7 @@ class AbstractStrategy(eqx.Module):
     """How the gradient passes through the draws of one site."""
 
     detached: eqx.AbstractClassVar[bool]
+    closed: ClassVar[bool] = False
 
     @abc.abstractmethod
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
@@ -116,6 +117,8 @@ class Fixed(AbstractEstimator):
             wanted = {s.name: self.strategies for s in target.sites if s.discrete or not self._reason(s, conditionals)}
         for name, strategy in wanted.items():
             reason = strategy.refusal(target.site(name), conditionals.get(name))
+            if reason is None and strategy.closed and name not in target.closed:
+                reason = "the target does not say that log p meets this site through its means alone"
             if reason:
                 raise FitError(
                     message(

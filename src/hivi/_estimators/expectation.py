@@ -26,6 +26,7 @@ class Expectation(AbstractStrategy):
 
     plug_in: bool = False
     detached: ClassVar[bool] = False
+    closed: ClassVar[bool] = True
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return "it is discrete" if site.discrete else None

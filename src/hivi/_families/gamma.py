@@ -109,6 +109,18 @@ class GammaProposal(AbstractProposal):
         return sum((jnp.sum(t) for t in drawn.log_q(z, None, key).values()), jnp.zeros(()))
 
     def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> GammaProposal:
+        own = [s.name for s in self.sites if s.name in sites]
+        if not own:
+            return self
+        if len(own) < len(self.sites):
+            raise FamilyError(
+                message(
+                    f"MeanFieldGamma over {[s.name for s in self.sites]}",
+                    f"only {own} in closed form",
+                    "all sites of one family, or none",
+                    "give each site its own MeanFieldGamma(), and MeanField() to those that are drawn",
+                )
+            )
         return dataclasses.replace(self, closed=True, plug_in=plug_in)
 
     def views(self) -> dict[str, Latents]:

@@ -35,7 +35,9 @@ def build_proposal(
     for k, (member, group) in zip(jax.random.split(key, len(groups)), groups, strict=True):
         for k2, (plate, some) in zip(jax.random.split(k, len(group)), _by_plate(member, group).items(), strict=False):
             k3, k4 = jax.random.split(k2)
-            if member.inner() is not member:  # amortised
+            if member.inner() is not member and any(s.local is None for s in some):
+                parts.append(member.build(some, k3))  # which says that it needs rows
+            elif member.inner() is not member:  # amortised
                 one = member.inner()
                 rows = one.build(some, k3) if one.native_plates() or plate is None else _rows(one, some, plate, k3)
                 parts.append(member.over_rows(rows, k4))

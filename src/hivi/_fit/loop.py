@@ -115,6 +115,15 @@ def fit(
     bound = Elbo() if bound is None else bound
     k_build, k_check, k_run = jax.random.split(key, 3)
     proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
+    if proposal.closed_form or any(p.closed_form for p in getattr(proposal, "parts", ())):
+        raise FitError(
+            message(
+                "MeanFieldGamma",
+                "a target that is not streamed",
+                "a streamed target, whose fits take conjugate steps",
+                "use hivi.MeanField() for its sites",
+            )
+        )
     strategies = _resolve(estimator).resolve(target, proposal, bound)
     check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer

@@ -49,7 +49,8 @@ class Fit:
         bound: the bound that was optimised.
         family: the family's configuration.
         converged: whether the bound had stopped to rise by more than its noise.
-        history: 1-d arrays, one entry per step: "step", "elbo" (the bound's estimate in nats) and "stderr".
+        history: 1-d arrays, one entry per step: "step", "elbo" (the bound's estimate in nats; NaN in the warm-up of a streamed
+            fit, whose objective is no bound) and "stderr".
         seconds: wall time of the optimisation, compilation included.
         message: in words, why it stopped.
         target: the target; None for a run loaded without it.

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
+from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
@@ -36,6 +37,15 @@ def row_bounds(
     rows = {p.name: jnp.arange(p.batch) for p in target.plates}
     mine = {s.name for s in target.sites if s.local is not None}
     (plate,) = target.plates
+    if not bound.linear(proposal.branches) or proposal.branches > 1:
+        raise FitError(
+            message(
+                "the bound row by row",
+                f"{bound}, with {proposal.branches} mixture component{'s' * (proposal.branches != 1)}",
+                "a bound that is a sum over rows, and one component",
+                "use Elbo(), or ImportanceWeighted(outer=1, inner=K)",
+            )
+        )
 
     def one(k: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(k)

@@ -14,7 +14,7 @@ import numpy as np
 
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
-from hivi._estimators.base import AbstractEstimator
+from hivi._estimators.base import AbstractEstimator, AbstractStrategy
 from hivi._estimators.expectation import Expectation
 from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._families.gamma import MeanFieldGamma
@@ -61,21 +61,25 @@ def fit_streamed(
     began = time.monotonic()
     family = default_streamed_family(target) if family is None else family
     k1, k2, k3 = jax.random.split(key, 3)
+    refuse_start(family)
     proposal = build_proposal(family, of_a_batch(target.sites), k1).near(target.starts)
     strategies = estimator.resolve(target, conditioned(target, proposal), bound)
+    _check_closed(proposal, strategies)
     stream = open_stream(target, proposal, k2)
     rng = np.random.default_rng(np.asarray(jax.random.bits(k3, (4,))))
     per_pass = len(stream.source.passes(np.random.default_rng(0)))
     passes = max(1, round(steps / per_pass))
     closed = {n for n, s in strategies.items() if isinstance(s, Expectation)}
     warm = int(WARM_UP * passes) if closed else 0
-    tick = time.monotonic()
+    tick, warm_steps = time.monotonic(), 0
     with Bar(passes * per_pass, "fit", progress) as bar:
         for count, plug_in in ((warm, True), (passes - warm, False)):
             chosen = {n: Expectation(plug_in=plug_in) if n in closed else s for n, s in strategies.items()}
             delay = 1.0 if plug_in or not warm else AFTER_WARM_UP
             schedule = Schedule(free=learning_rate, delay=delay)
             stream.steps = 0
+            if not plug_in:
+                warm_steps = len(stream.elbo)
 
             def report(at: int, of: int, value: float) -> None:
                 done = len(stream.elbo)
@@ -99,7 +103,7 @@ def fit_streamed(
         converged=False,
         history={
             "step": np.arange(len(stream.elbo)),
-            "elbo": np.asarray(stream.elbo),
+            "elbo": np.where(np.arange(len(stream.elbo)) < warm_steps, np.nan, stream.elbo),
             "stderr": np.full(len(stream.elbo), np.nan),
         },
         seconds=time.monotonic() - began,
@@ -157,3 +161,36 @@ def refuse_streamed(**options: Any) -> None:
                     "leave it out; hivi.topics.fitting has passes that go on from where they stopped",
                 )
             )
+
+
+def refuse_start(family: Family) -> None:
+    """Refuse a hierarchical family with a start: rows of a stream begin alike.
+
+    Raises:
+        FitError: naming the cure.
+    """
+    members = family.values() if isinstance(family, Mapping) else (family,)
+    if any(getattr(member, "start", None) is not None for member in members):
+        raise FitError(
+            message(
+                "Hierarchical(start=...)",
+                "a streamed target, whose rows begin alike",
+                "start=None",
+                "grow from a mean-field fit with hivi.topics.grow",
+            )
+        )
+
+
+def _check_closed(proposal: AbstractProposal, strategies: Mapping[str, AbstractStrategy]) -> None:
+    """Refuse draws of a family that takes conjugate steps: they would be steps along another gradient."""
+    for part in getattr(proposal, "parts", (proposal,)):
+        for s in part.sites if part.closed_form else ():
+            if not strategies[s.name].closed:
+                raise FitError(
+                    message(
+                        f"site {s.name!r}",
+                        f"{type(part).__name__} with the strategy {type(strategies[s.name]).__name__}",
+                        "a site in closed form, with Expectation()",
+                        "use hivi.MeanField() for it",
+                    )
+                )

@@ -27,6 +27,7 @@ from hivi._fit.rowwise import row_bounds
 from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, row_moments, split_rows, with_rows
 from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import Report, Stream, advance, in_order, open_stream, per_block
+from hivi._likelihood import MAX_LOG_RATE
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, compiled
 from hivi.topics.batches import CorpusSource, Documents
@@ -160,7 +161,8 @@ def train(
     """
     proposal = fit.stream.proposal(fit.stream.source.blocks()[0])
     closed = proposal_closed(fit)
-    for count, plug_in in ((warm_up if closed else 0, True), (passes - (warm_up if closed else 0), False)):
+    warm = min(warm_up, passes) if closed else 0
+    for count, plug_in in ((warm, True), (passes - warm, False)):
         if count <= 0:
             continue
         settled = not plug_in and fit.passes > 0
@@ -308,10 +310,10 @@ def latent_means(
                 continue
             if architecture.latent == "gamma":
                 out[name] = jnp.exp(c.lam[..., 0] + 0.5 * jnp.exp(2 * c.lam[..., 1]))
+            elif architecture.latent == "poisson":
+                out[name] = jnp.exp(jnp.minimum(c.lam[..., 0], MAX_LOG_RATE))
             else:
-                out[name] = (
-                    jnp.exp(c.lam[..., 0]) if architecture.latent == "poisson" else jax.nn.sigmoid(c.lam[..., 0])
-                )
+                out[name] = jax.nn.sigmoid(c.lam[..., 0])
         return out
 
     return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(one, jax.random.split(key, samples)))

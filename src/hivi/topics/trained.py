@@ -271,7 +271,7 @@ def interned(target: Target, architecture: Architecture) -> Target:
     """The same target with the traced structure of an earlier one of its shape, so that nothing compiles anew."""
     shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves(target.data))
     known_by = (architecture, target.plates, shapes)
-    known = _TARGETS.setdefault(known_by, target)
+    known = _TARGETS.setdefault(known_by, dataclasses.replace(target, data=None, source=None, starts={}))
     _TARGETS.move_to_end(known_by)
     if len(_TARGETS) > KEPT:
         _TARGETS.popitem(last=False)
