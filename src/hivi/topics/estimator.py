@@ -54,7 +54,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             grows from a mean-field fit.
         priors: hyperparameters, `hivi.topics.Priors`; its defaults if None.
         passes: passes over the documents in `fit`, warm-up included.
-        warm_up: passes at the start with point estimates of the weights; at most `passes`.
+        warm_up: passes at the start with point estimates of the weights; at most half of `passes`.
         batch_size: documents per minibatch, at most.
         transform_passes: gradient steps per document, for documents that are not part of `fit`.
         total_documents: size of the corpus of which `partial_fit` sees parts. After `fit` it is that of its documents.
@@ -140,7 +140,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         seed = self._seed()
         with plain_lines() if self.verbose else contextlib.nullcontext():
             fit = learn(
-                documents, architecture, family, seed=seed, passes=self.passes, warm_up=min(self.warm_up, self.passes),
+                documents, architecture, family, seed=seed, passes=self.passes, warm_up=min(self.warm_up, self.passes // 2),
                 batch=self.batch_size, shown=bool(self.verbose),
             )  # fmt: skip
         self._set(without_documents(fit, documents.n_documents, seed), mean_latents(fit, seed))

@@ -155,13 +155,13 @@ def train(
         fit: where to go on from; it is moved on.
         passes: all passes, warm-up included.
         rng: order of the documents.
-        warm_up: passes of the warm-up; only weights with closed forms have one.
+        warm_up: passes of the warm-up, at most half of all; only weights with closed forms have one.
         samples: draws of the latents per step.
         report: called with (steps done, of, bound).
     """
     proposal = fit.stream.proposal(fit.stream.source.blocks()[0])
     closed = proposal_closed(fit)
-    warm = min(warm_up, passes) if closed else 0
+    warm = min(warm_up, passes // 2) if closed else 0
     for count, plug_in in ((warm, True), (passes - warm, False)):
         if count <= 0:
             continue

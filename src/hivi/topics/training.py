@@ -26,7 +26,7 @@ def fit_watched(model: DeepExponentialFamily, corpus: Corpus, watch: Watch) -> D
     """`model.fit(corpus)`, watched; a hierarchical family grows half-way between the warm-up and the end, as there."""
     architecture, family, seed = model._architecture(), model._family(), model._seed()
     documents = model._documents(corpus, "fit", reset=True)
-    warm, passes = min(model.warm_up, model.passes), model.passes
+    warm, passes = min(model.warm_up, model.passes // 2), model.passes
     grows = isinstance(family, Hierarchical)
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
     fit = begin(documents, architecture, MeanField() if grows else family, key=key, batch=model.batch_size)
