@@ -213,6 +213,8 @@ def curvature(
 
 
 def _check(fit: Fit, samples: int, top: int) -> tuple[Target, Block]:
+    if not isinstance(fit, Fit):
+        raise FitError(message("curvature", type(fit).__name__, "a mean-field Fit", "pass what hivi.fit returned"))
     if fit.target is None:
         cure = "hivi.load(folder, target=target)"
         raise FitError(message("curvature", "a run loaded without its target", "the target", cure))
