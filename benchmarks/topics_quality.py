@@ -147,8 +147,8 @@ def perplexities(names: list[str]) -> None:
         [
             "Document completion: 10 % of documents, 10 % of their tokens. The best topic models measured elsewhere on these",
             "tokens: wikipedia 1692 (tomotopy LDA), bbc 753 (NMF + unigram), reuters21578 615 (tomotopy LDA). One seed. NPMI is",
-            "of the ten top words in the training documents. Settings were chosen on training documents. An inference network's own",
-            "answer is without refinement of the test documents' parameters; it was measured once, in runs of their own.",
+            "of the ten top words in the training documents. Settings were chosen on training documents. An inference",
+            "network's own answer, without refinement of the test documents' parameters, was measured in runs of their own.",
         ],
     )  # fmt: skip
 

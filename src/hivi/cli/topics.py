@@ -121,7 +121,7 @@ def fit(
     passes: Annotated[int, typer.Option("--passes", min=1, help="Passes over the corpus, warm-up included.")] = 120,
     warm_up: Annotated[
         int,
-        typer.Option("--warm-up", min=0, help="Passes at the start with fixed weights; at most half."),
+        typer.Option("--warm-up", min=0, help="First passes, without the weights' uncertainty; at most half."),
     ] = 60,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Documents per minibatch.")] = 180,
     hold_out: Annotated[
