@@ -306,7 +306,7 @@ class Spoiled(AbstractStrategy):
         return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Any) -> Any:
-        return (*SCORE.measure(site, conditional, evaluation), evaluation.terms[0])
+        return (*SCORE.measure(site, conditional, evaluation), evaluation.parts[0].terms)
 
     def surrogate(self, measured: Any, increment: Callable[[Array], Array]) -> Array:
         return self.spoil(measured, increment)

@@ -30,7 +30,7 @@ class MeanFieldGamma(AbstractFamily):
     Example:
         >>> import hivi
         >>> hivi.MeanFieldGamma()
-        MeanFieldGamma(shape=1.0, rate=1.0)
+        MeanFieldGamma()
     """
 
     shape: float = 1.0
