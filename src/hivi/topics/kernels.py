@@ -114,7 +114,7 @@ def differences(
 ) -> Float[Array, "documents topics"]:
     """Change of `sum_v x log rate` when one z_dk takes its value in `moved`, for every d and k at once.
 
-    `unit` says that every move is by +1, which saves a fifth of the time.
+    `unit` says that every move is by +1, which saves a product and a maximum per cell.
     """
     padded, step = _pad(z), _pad(moved - z)
 
