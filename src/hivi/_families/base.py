@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -351,9 +351,3 @@ def require_real(family: str, sites: Sequence[Site]) -> None:
                     f"family={{{s.name!r}: hivi.Hierarchical(), ...}}",
                 )
             )
-
-
-def batched(proposal: AbstractProposal, fn: Callable[..., Any], *args: Any) -> Any:
-    """`jax.vmap` of `fn(proposal, *args)` over rows stacked in the proposal's arrays."""
-    arrays, static = eqx.partition(proposal, eqx.is_array)
-    return jax.vmap(lambda a, *rest: fn(eqx.combine(a, static), *rest))(arrays, *args)

@@ -175,7 +175,10 @@ def evaluate(
     peers: Annotated[
         bool, typer.Option("--peers", help="Fit LDA and NMF to the same training documents, too.")
     ] = False,
-    passes: Annotated[int, typer.Option("--passes", min=1, help="Gradient steps per test document.")] = 60,
+    passes: Annotated[
+        int | None,
+        typer.Option("--passes", min=0, help="Gradient steps per test document; 60, or 30 after an inference network."),
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:

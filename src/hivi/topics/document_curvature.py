@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Array
@@ -18,13 +17,12 @@ from hivi._estimators.expectation import Expectation
 from hivi._families.mean_field import MeanField
 from hivi._fit.result import Fit
 from hivi._fit.stream import Schedule
-from hivi._fit.streaming import advance, open_stream
+from hivi._fit.streaming import advance
 from hivi._space import Latents
 from hivi._target.base import Target
 from hivi._tree import Key
-from hivi.topics.batches import CorpusSource, Counts
-from hivi.topics.fitting import proposal_for, strategies
-from hivi.topics.model import build_target
+from hivi.topics.batches import Counts
+from hivi.topics.fitting import opened, strategies
 from hivi.topics.trained import Trained
 
 PASSES = 100
@@ -59,13 +57,8 @@ def document_curvature(
         found, cure = f"a model trained with {trained.family}", "train with --family mean-field"
         raise FitError(message("the curvature of documents", found, "mean-field", cure))
     rows = sp.csr_array(counts)
-    source = CorpusSource(Counts(rows), rows.shape[0], a.observations, local=True)
-    target = build_target(a, source, trained.statistics)
-    stream = open_stream(target, proposal_for(target, a, trained.family, key), key)
-    leaves = jax.tree.leaves(trained.fit.stream.state.shared)
-    learnt = jax.tree.unflatten(jax.tree.structure(stream.state.shared), leaves)
-    stream.state = dataclasses.replace(stream.state, shared=learnt)
-    (ids,) = source.blocks()
+    stream = opened(trained.fit, Counts(rows), rows.shape[0], key=key)
+    target, (ids,) = stream.target, stream.source.blocks()
     chosen = strategies(target, stream.proposal(ids))
     for rate in RATES:
         schedule = Schedule(rows=rate, shared=False)

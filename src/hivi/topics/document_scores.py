@@ -48,7 +48,7 @@ def score_run(
     *,
     heldout: float = 0.1,
     seed: int = 0,
-    passes: int = 60,
+    passes: int | None = None,
 ) -> list[Scored]:
     """The model first, the unigram of its training documents second; LDA and NMF where `train` is given.
 
@@ -60,7 +60,7 @@ def score_run(
         totals: how often each word occurs in the training documents.
         heldout: share of the tokens that is held out.
         seed: of the tokens' split (as `make_split`: seed + 1), and of the other models.
-        passes: gradient steps per test document.
+        passes: gradient steps per test document; None as `hivi.topics.infer` takes it.
     """
     observed, held = hold_out_tokens(corpus.rows(test), heldout, seed + 1)
     seen = int(observed.sum())

@@ -56,7 +56,8 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         passes: passes over the documents in `fit`, warm-up included.
         warm_up: passes at the start with point estimates of the weights; at most half of `passes`.
         batch_size: documents per minibatch, at most.
-        transform_passes: gradient steps per document, for documents that are not part of `fit`.
+        transform_passes: gradient steps per document, for documents that are not part of `fit`; 60 if None, but 30 from where an
+            inference network starts them.
         total_documents: size of the corpus of which `partial_fit` sees parts. After `fit` it is that of its documents.
         random_state: an int, a `numpy.random.RandomState`, or None for NumPy's global one, as everywhere in scikit-learn: with
             None, `numpy.random.seed` makes results repeat. It is read in `fit` (and at the first `partial_fit`) alone: what
@@ -104,7 +105,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         passes: Any = 120,
         warm_up: Any = 60,
         batch_size: Any = 180,
-        transform_passes: Any = 60,
+        transform_passes: Any = None,
         total_documents: Any = 1e6,
         random_state: Any = None,
         verbose: Any = 0,
@@ -277,8 +278,10 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _architecture(self) -> Architecture:
-        for name in ("passes", "batch_size", "transform_passes", "total_documents"):
+        for name in ("passes", "batch_size", "total_documents"):
             _positive(name, getattr(self, name))
+        if self.transform_passes is not None and not self.transform_passes >= 0:
+            raise TargetError(message("transform_passes", repr(self.transform_passes), "None, 0 or more", "correct it"))
         if not self.warm_up >= 0:
             raise TargetError(message("warm_up", repr(self.warm_up), "0 or more passes", "correct it"))
         if not isinstance(self.layers, Sequence | np.ndarray):
@@ -326,11 +329,9 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return corpus
 
     def _infer(self, documents: Corpus | Counts) -> Inference:
-        _positive("transform_passes", self.transform_passes)
         return infer(self._trained, documents, passes=self.transform_passes)
 
     def _latents(self, documents: Corpus | Counts) -> list[np.ndarray]:
-        _positive("transform_passes", self.transform_passes)
         return latents(self._trained, documents, passes=self.transform_passes)
 
     def _set(self, trained: Trained, means: list[np.ndarray]) -> None:

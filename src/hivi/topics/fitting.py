@@ -34,8 +34,6 @@ from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 
 LOCAL_PASSES, REFINING_PASSES = 60, 30
-SETTLED = 0.3
-"""Learning rate of the documents' parameters after the warm-up."""
 LOCAL_BATCH = 128
 
 
@@ -155,20 +153,20 @@ def train(
         fit: where to go on from; it is moved on.
         passes: all passes, warm-up included.
         rng: order of the documents.
-        warm_up: passes of the warm-up, at most half of all; only weights with closed forms have one.
+        warm_up: passes of the warm-up; only weights with closed forms have one.
         samples: draws of the latents per step.
         report: called with (steps done, of, bound).
     """
     proposal = fit.stream.proposal(fit.stream.source.blocks()[0])
     closed = proposal_closed(fit)
-    warm = min(warm_up, passes // 2) if closed else 0
+    warm = min(warm_up, passes) if closed else 0
     for count, plug_in in ((warm, True), (passes - warm, False)):
         if count <= 0:
             continue
         settled = not plug_in and fit.passes > 0
         if settled and not fit.stream.settled:
             fit.stream.steps, fit.stream.settled = 0, True
-        schedule = Schedule(rows=SETTLED, delay=AFTER_WARM_UP) if settled else Schedule()
+        schedule = Schedule(delay=AFTER_WARM_UP) if settled else Schedule()
         chosen = strategies(fit.stream.target, proposal, plug_in)
         advance(fit.stream, count, strategies=chosen, schedule=schedule, samples=samples, rng=rng, report=report)
         fit.passes += count
@@ -230,25 +228,35 @@ def infer(
         samples: draws per document for the bound, and for posterior means that have no closed form.
         bound: which bound; `Elbo()` if None.
     """
-    k1, k2, k3 = jax.random.split(key, 3)
-    a = fit.architecture
+    k1, k2 = jax.random.split(key)
+    stream, chosen = inferred(fit, documents, key=k1, passes=passes)
+    return read(stream, fit.architecture, chosen, key=k2, samples=samples, bound=bound)
+
+
+def inferred(
+    fit: TopicFit, documents: Documents, *, key: Key, passes: int | None = None
+) -> tuple[Stream, dict[str, AbstractStrategy]]:
+    """Documents with fitted parameters of their own, and the strategies of that fit; see `infer`."""
     size = 1
     while size < min(documents.n_documents, LOCAL_BATCH):
         size *= 2
-    source = CorpusSource(documents, size, a.observations, local=True)
-    target = build_target(a, source, fit.statistics)
-    proposal = proposal_for(target, a, fit.family, k1)
-    stream = open_stream(target, proposal, k2)
+    stream, usual = localised(opened(fit, documents, size, key=key))
+    chosen = strategies(stream.target, stream.proposal(stream.source.blocks()[0]))
+    schedule, rng = Schedule(shared=False), np.random.default_rng(0)
+    advance(stream, usual if passes is None else passes, strategies=chosen, schedule=schedule, rng=rng)
+    return stream, chosen
+
+
+def opened(fit: TopicFit, documents: Documents, size: int, *, key: Key) -> Stream:
+    """A stream over other documents, `size` at once, with the weights of a fit; the documents start afresh."""
+    k1, k2 = jax.random.split(key)
+    source = CorpusSource(documents, size, fit.architecture.observations, local=True)
+    target = build_target(fit.architecture, source, fit.statistics)
+    stream = open_stream(target, proposal_for(target, fit.architecture, fit.family, k1), k2)
     leaves = jax.tree.leaves(fit.stream.state.shared)
     shared = jax.tree.unflatten(jax.tree.structure(stream.state.shared), leaves)
     stream.state = dataclasses.replace(stream.state, shared=shared)
-    stream, usual = localised(stream)
-    chosen = strategies(stream.target, stream.proposal(source.blocks()[0]))
-    schedule = Schedule(shared=False)
-    advance(
-        stream, usual if passes is None else passes, strategies=chosen, schedule=schedule, rng=np.random.default_rng(0)
-    )
-    return read(stream, a, chosen, key=k3, samples=samples, bound=bound)
+    return stream
 
 
 def localised(stream: Stream) -> tuple[Stream, int]:
@@ -281,18 +289,22 @@ def read(
     bound: AbstractBound | None = None,
 ) -> Inference:
     """Posterior means and bounds of all documents of a stream, as their parameters are now."""
-    lean = tuple(chosen.items())
-    found = per_block(
-        stream,
-        lambda target, proposal, k: (
-            row_bounds(target, proposal, k, lean, Elbo() if bound is None else bound, samples)[0],
-            latent_means(target, proposal, k, architecture, samples),
-        ),
-        key,
-    )
+    lean, wanted = tuple(chosen.items()), Elbo() if bound is None else bound
+
+    def bounds(target: Target, proposal: AbstractProposal, k: Key) -> Array:
+        return row_bounds(target, proposal, k, lean, wanted, samples)[0]
+
+    found = in_order(stream.source, per_block(stream, bounds, key))
+    return Inference(posterior_means(stream, architecture, key=key, samples=samples), found.astype(np.float64))
+
+
+def posterior_means(
+    stream: Stream, architecture: Architecture, *, key: Key, samples: int = 16
+) -> list[Float[np.ndarray, "documents _"]]:
+    """E[z] of every document of a stream, one array per layer, as their parameters are now."""
+    found = per_block(stream, latent_means, key, architecture, samples)
     names = [z_name(k) for k in range(1, architecture.depth + 1)]
-    layers = [in_order(stream.source, [means[name] for _, means in found]) for name in names]
-    return Inference(layers, in_order(stream.source, [each for each, _ in found]).astype(np.float64))
+    return [in_order(stream.source, [means[name] for means in found]) for name in names]
 
 
 @compiled

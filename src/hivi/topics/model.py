@@ -65,7 +65,7 @@ def corpus_statistics(corpus: Documents, kind: Observations) -> dict[str, np.nda
     frequencies = (totals + 0.5) / (totals.sum() + 0.5 * corpus.n_words)
     return {
         "frequencies": frequencies.astype(np.float32),
-        "length": np.float32(max(totals.sum() / corpus.n_documents, 1e-3)),
+        "length": np.asarray(max(totals.sum() / corpus.n_documents, 1e-3), np.float32),
     }
 
 

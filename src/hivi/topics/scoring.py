@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from jaxtyping import Float64, Int64
 
 from hivi.topics.batches import Counts
-from hivi.topics.fitting import LOCAL_PASSES, Inference, TopicFit
+from hivi.topics.fitting import Inference, TopicFit
 from hivi.topics.heldout import Scores, log_scores
 from hivi.topics.show import unit_shares
 from hivi.topics.trained import Trained, infer
@@ -46,16 +46,14 @@ class HeldOut:
         return float(-self.bounds.sum() / max(self.observed.sum(), 1))
 
 
-def hold_out(
-    trained: Trained, observed: Any, heldout: Any, *, passes: int = LOCAL_PASSES, samples: int = 16
-) -> HeldOut:
+def hold_out(trained: Trained, observed: Any, heldout: Any, *, passes: int | None = None, samples: int = 16) -> HeldOut:
     """Document completion: latents from the observed part, p(w|d) ∝ Σ_k E[w0_vk] E[z1_dk] + floor_v for the rest.
 
     Args:
         trained: the model.
         observed: sparse counts of the test documents that it may see.
         heldout: sparse counts that it is scored by.
-        passes: gradient steps per document.
+        passes: gradient steps per document; None as `hivi.topics.infer` takes it.
         samples: draws per document for the bound.
     """
     seen = sp.csr_array(observed)

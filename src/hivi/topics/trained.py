@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,40 +15,36 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float
 
-from hivi._estimators.base import AbstractStrategy
 from hivi._families.base import AbstractFamily
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._fit import store
 from hivi._fit.progress import Bar
 from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule
-from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
+from hivi._fit.streaming import Stream, advance, open_stream
 from hivi._space import Plate
 from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.batches import PLATE, CorpusSource, Counts, Documents
 from hivi.topics.fitting import (
-    LOCAL_BATCH,
+    LOCAL_PASSES,
     Inference,
     TopicFit,
     grow,
-    latent_means,
-    localised,
+    inferred,
+    posterior_means,
     proposal_for,
     read,
     start,
     strategies,
     train,
 )
-from hivi.topics.model import Architecture, build_target, corpus_statistics, z_name
+from hivi.topics.model import Architecture, build_target, corpus_statistics
 
-KEPT = 16
-"""Targets whose compiled programs serve later fits of the same shape."""
 SAMPLES = 4
 """Draws of the latents at the step that moves the weights, for a stream of documents: each is met once."""
 MEAN_SAMPLES = 16
 """Draws of lambda for posterior means; mean-field needs none."""
-_TARGETS: OrderedDict[Any, Target] = OrderedDict()
 _INFER, _LEARN, _START = range(3)
 
 
@@ -126,8 +120,6 @@ def learn(
     rng = np.random.default_rng(seed)
     grows = isinstance(family, Hierarchical)
     fit = start(documents, architecture, MeanField() if grows else family, key=_key(seed, _START), batch=batch)
-    fit.statistics = {name: np.asarray(value) for name, value in fit.statistics.items()}
-    fit.stream.target = interned(fit.stream.target, architecture)
     before = warm_up + (passes - warm_up) // 2 if grows else passes
     per_pass = len(fit.stream.source.passes(np.random.default_rng(0)))
     with Bar(passes * per_pass, "topics", shown) as bar:
@@ -164,7 +156,7 @@ def blank(
     documents: Documents, architecture: Architecture, family: AbstractFamily, *, seed: int, total: int
 ) -> Trained:
     """Before the first part of a stream of documents, which gives the word frequencies and the mean length."""
-    statistics = {n: np.asarray(v) for n, v in corpus_statistics(documents, architecture.observations).items()}
+    statistics = corpus_statistics(documents, architecture.observations)
     fit = start(documents, architecture, family, key=_key(seed, _START), batch=1, statistics=statistics)
     return Trained(
         architecture, family, statistics, store.pack(fit.stream.state), total, 0, False, 0, seed
@@ -172,7 +164,7 @@ def blank(
 
 
 def absorb(
-    trained: Trained, documents: Documents, *, batch: int, passes: int
+    trained: Trained, documents: Documents, *, batch: int, passes: int | None = None
 ) -> tuple[Trained, float, list[Float[np.ndarray, " _"]]]:
     """Learn from a part of a stream of documents: one conjugate step per minibatch.
 
@@ -194,12 +186,12 @@ def absorb(
     source = CorpusSource(documents, min(batch, documents.n_documents), a.observations)
     whole = copy.copy(source)
     whole.plate = Plate(PLATE, max(trained.documents, documents.n_documents), source.plate.batch)
-    target = interned(dataclasses.replace(build_target(a, whole, trained.statistics), source=source), a)
+    target = dataclasses.replace(build_target(a, whole, trained.statistics), source=source)
     stream = _opened(trained, target, _key(trained.seed, _LEARN, number))
     proposal = stream.proposal(source.blocks()[0])
     chosen, rng = strategies(target, proposal), np.random.default_rng((trained.seed, number))
-    own = 0 if proposal.amortised else passes
-    advance(stream, own, strategies=chosen, schedule=Schedule(shared=False), rng=rng)
+    own = LOCAL_PASSES if passes is None else passes
+    advance(stream, 0 if proposal.amortised else own, strategies=chosen, schedule=Schedule(shared=False), rng=rng)
     local = len(stream.elbo)
     stream.steps = trained.steps
     delay = AFTER_WARM_UP if trained.settled else 1.0
@@ -220,32 +212,18 @@ def infer(
         passes: gradient steps per document; None as `hivi.topics.infer` takes it.
         samples: draws per document for the bound.
     """
-    stream, chosen, key = _inferred(trained, documents, passes)
-    return read(stream, trained.architecture, chosen, key=key, samples=samples)
+    k1, k2 = jax.random.split(_key(trained.seed, _INFER))
+    stream, chosen = inferred(trained.fit, documents, key=k1, passes=passes)
+    return read(stream, trained.architecture, chosen, key=k2, samples=samples)
 
 
 def latents(
     trained: Trained, documents: Documents, *, passes: int | None = None
 ) -> list[Float[np.ndarray, "documents _"]]:
     """The latents of `infer` alone, one array per layer."""
-    stream, _, key = _inferred(trained, documents, passes)
-    return _means(stream, trained.architecture, key)
-
-
-def _inferred(
-    trained: Trained, documents: Documents, passes: int | None
-) -> tuple[Stream, dict[str, AbstractStrategy], Key]:
-    """A stream over documents whose own parameters are fitted, and a key for what is read off it."""
-    a, key = trained.architecture, _key(trained.seed, _INFER)
-    size = min(2 ** math.ceil(math.log2(max(documents.n_documents, 1))), LOCAL_BATCH)
-    source = CorpusSource(documents, size, a.observations, local=True)
-    target = interned(build_target(a, source, trained.statistics), a)
-    stream = _opened(trained, target, key)
-    stream, usual = localised(stream)
-    chosen = strategies(target, stream.proposal(source.blocks()[0]))
-    schedule, rng = Schedule(shared=False), np.random.default_rng(0)
-    advance(stream, usual if passes is None else passes, strategies=chosen, schedule=schedule, rng=rng)
-    return stream, chosen, jax.random.fold_in(key, 1)
+    k1, k2 = jax.random.split(_key(trained.seed, _INFER))
+    stream, _ = inferred(trained.fit, documents, key=k1, passes=passes)
+    return posterior_means(stream, trained.architecture, key=k2)
 
 
 def mean_latents(fit: TopicFit, seed: int) -> list[Float[np.ndarray, " _"]]:
@@ -255,27 +233,7 @@ def mean_latents(fit: TopicFit, seed: int) -> list[Float[np.ndarray, " _"]]:
 
 def unit_means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, " _"]]:
     """E[z] of every unit of each layer, on average over a stream's documents."""
-    return [z.mean(axis=0, dtype=np.float64) for z in _means(stream, architecture, key)]
-
-
-def _means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, "documents _"]]:
-    """E[z] of every document, one array per layer, as the documents' parameters are now."""
-    found = per_block(
-        stream, lambda target, proposal, k: latent_means(target, proposal, k, architecture, MEAN_SAMPLES), key
-    )
-    names = [z_name(k) for k in range(1, architecture.depth + 1)]
-    return [in_order(stream.source, [means[name] for means in found]) for name in names]
-
-
-def interned(target: Target, architecture: Architecture) -> Target:
-    """The same target with the traced structure of an earlier one of its shape, so that nothing compiles anew."""
-    shapes = tuple((np.shape(x), str(x.dtype)) for x in jax.tree.leaves(target.data))
-    known_by = (architecture, target.plates, shapes)
-    known = _TARGETS.setdefault(known_by, dataclasses.replace(target, data=None, source=None, starts={}))
-    _TARGETS.move_to_end(known_by)
-    if len(_TARGETS) > KEPT:
-        _TARGETS.popitem(last=False)
-    return dataclasses.replace(known, data=target.data, starts=target.starts, source=target.source)
+    return [z.mean(axis=0, dtype=np.float64) for z in posterior_means(stream, architecture, key=key)]
 
 
 def _opened(trained: Trained, target: Target, key: Key) -> Stream:

@@ -16,7 +16,7 @@ from hivi.topics.batches import Documents
 from hivi.topics.estimator import DeepExponentialFamily
 from hivi.topics.fitting import TopicFit, grow, start, train
 from hivi.topics.model import Architecture
-from hivi.topics.trained import interned, mean_latents, without_documents
+from hivi.topics.trained import mean_latents, without_documents
 
 Watch = Callable[[float, float], None]
 """Called with (passes done, bound in nats)."""
@@ -47,8 +47,6 @@ def begin(
 ) -> TopicFit:
     """A fit before its first pass; one of the same shape as an earlier one compiles nothing anew."""
     fit = start(documents, architecture, family, key=key, batch=batch)
-    fit.statistics = {name: np.asarray(value) for name, value in fit.statistics.items()}
-    fit.stream.target = interned(fit.stream.target, architecture)
     return fit
 
 
