@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 from hivi._errors import CorpusError, FitError, LoadError
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
 from hivi._families.mean_field import MeanField
+from hivi._fit.progress import plain_lines
 from hivi.cli.main import app
-from hivi.cli.passes import Passes
 from hivi.reproduce.deep_exponential import QUICK, quick, verdict
 from hivi.reproduce.topic_rows import Clock, Pair, Plan, Row, cut_documents
 from hivi.topics.base import Corpus
@@ -29,6 +29,7 @@ from hivi.topics.estimator import DeepExponentialFamily
 from hivi.topics.fitting import Inference, hierarchical, proposal_for
 from hivi.topics.heldout import Scores, make_split
 from hivi.topics.model import Architecture, build_target, corpus_statistics
+from hivi.topics.passes import watching
 from hivi.topics.provenance import Provenance, provenance, signatures
 from hivi.topics.scoring import HeldOut
 from hivi.topics.show import alive, as_text, composition, hierarchy, rank_words, unit_shares
@@ -202,9 +203,9 @@ def test_failures_end_with_1(trained: Trained, tmp_path: Path) -> None:
 
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with Passes("fit", 10, 1000, every=0.0) as progress:
-        progress.watch(1.0, -5.0)
-        progress.watch(2.0, -4.0)
+    with plain_lines(0.0), watching("fit", 10, 1000) as watch:
+        watch(1.0, -5.0)
+        watch(2.0, -4.0)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "fit: pass 1 of 10 (10%), bound -5"
     assert second.startswith("fit: pass 2 of 10 (20%), bound -4, ")

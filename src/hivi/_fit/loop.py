@@ -115,36 +115,16 @@ def fit(
     bound = Elbo() if bound is None else bound
     k_build, k_check, k_run = jax.random.split(key, 3)
     proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
-    if proposal.closed_form or any(p.closed_form for p in getattr(proposal, "parts", ())):
-        raise FitError(
-            message(
-                "MeanFieldGamma",
-                "a target that is not streamed",
-                "a streamed target, whose fits take conjugate steps",
-                "use hivi.MeanField() for its sites",
-            )
-        )
+    _refuse_conjugate(proposal)
     strategies = _resolve(estimator).resolve(target, proposal, bound)
     check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
     plan = Plan(tuple(strategies.items()), bound, samples, chosen, optimizer is None, mesh)
     state = initial_state(proposal, plan, k_run, steps)
     if mesh is not None:
-        check_mesh(mesh, target, samples)
-        placed, target = distribute(state.proposal, target, mesh)
-        state = dataclasses.replace(
-            state,
-            proposal=placed,
-            average=placed,
-            moments=plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array)),
-        )
-    identity = None
-    if checkpoint is not None:
-        identity = store.fingerprint(
-            target.factored.program.key, repr(target.factored.factors), repr(target.sites), repr(target.plates),
-            [target.data, target.factored.consts], repr(store.encode(family)), repr(bound), repr(plan.strategies), key,
-            [steps, samples, learning_rate, repr(tolerance), optimizer is None], _probe(chosen), state,
-        )  # fmt: skip
+        state, target = _on_mesh(state, target, plan, mesh)
+    settings = [steps, samples, learning_rate, repr(tolerance), optimizer is None]
+    identity = None if checkpoint is None else _identity(target, family, plan, key, settings, state)
     run = _Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
     run.resume()
     outcome = run.go(progress, throw, _label(family))
@@ -160,6 +140,35 @@ def fit(
         target=target,
         strategies={name: type(s).__name__ for name, s in strategies.items()},
     )
+
+
+def _refuse_conjugate(proposal: AbstractProposal) -> None:
+    if any(p.closed_form for p in (proposal, *getattr(proposal, "parts", ()))):
+        raise FitError(
+            message(
+                "MeanFieldGamma",
+                "a target that is not streamed",
+                "a streamed target, whose fits take conjugate steps",
+                "use hivi.MeanField() for its sites",
+            )
+        )
+
+
+def _on_mesh(state: State, target: Target, plan: Plan, mesh: Mesh) -> tuple[State, Target]:
+    """State and target, placed on the devices."""
+    check_mesh(mesh, target, plan.samples)
+    placed, target = distribute(state.proposal, target, mesh)
+    moments = plan.optimizer.init(eqx.filter(placed, eqx.is_inexact_array))
+    return dataclasses.replace(state, proposal=placed, average=placed, moments=moments), target
+
+
+def _identity(target: Target, family: Any, plan: Plan, key: Key, settings: list[Any], state: State) -> str:
+    """What a checkpoint must share with a run to be gone on from."""
+    return store.fingerprint(
+        target.factored.program.key, repr(target.factored.factors), repr(target.sites), repr(target.plates),
+        [target.data, target.factored.consts], repr(store.encode(family)), repr(plan.bound), repr(plan.strategies), key,
+        settings, _probe(plan.optimizer), state,
+    )  # fmt: skip
 
 
 def default_family(target: Target) -> AbstractFamily:

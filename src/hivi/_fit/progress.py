@@ -64,9 +64,12 @@ class Bar:
         text = "bound -"
         if len(values) > 1:
             text = f"bound {np.mean(values):.4f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.4f}"
-        self._progress.update(self._task, completed=done, bound=text, rate=f"{per_second:.0f} steps/s")
+        self.show("step", done, text, f"{per_second:.0f} steps/s", of="of at most")
+
+    def show(self, unit: str, done: float | int, bound: str, rate: str, of: str = "of") -> None:
+        """Show how many units are done, the bound and the speed, as text."""
+        self._progress.update(self._task, completed=done, bound=bound, rate=rate)
         if self._every is not None and time.monotonic() - self._printed >= self._every:
             self._printed = time.monotonic()
-            share = f"{done / self._steps:.0%}"
-            line = f"{self._label}: step {done} of at most {self._steps} ({share}), {text}, {per_second:.0f} steps/s"
-            print(line, file=sys.stderr, flush=True)
+            share = f"{unit} {done:.0f} {of} {self._steps} ({done / self._steps:.0%})"
+            print(f"{self._label}: " + ", ".join(filter(None, (share, bound, rate))), file=sys.stderr, flush=True)

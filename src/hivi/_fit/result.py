@@ -101,8 +101,7 @@ class Fit:
             values = np.asarray(_bound_values(self.proposal, self.target, bound or self.bound, key, samples), float)
         else:
             closed = [n for n, s in self.strategies.items() if s == "Expectation"]
-            chosen = bound or self.bound
-            values = streamed_bounds(self.target, source, self.proposal, closed, key, samples, chosen)
+            values = streamed_bounds(self.target, self.proposal, closed, key, samples, bound or self.bound)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
 
     def sample(self, key: Key, samples: int = 1000) -> dict[str, Array]:

@@ -15,8 +15,8 @@ from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
 from hivi._families.base import AbstractProposal
-from hivi._fit.stream import conditioned, with_rows
-from hivi._target.base import Source, Target
+from hivi._fit.stream import at_blocks, conditioned
+from hivi._target.base import Target
 from hivi._tree import Key, compiled
 
 
@@ -71,7 +71,6 @@ def row_bounds(
 
 def streamed_bounds(
     target: Target,
-    source: Source,
     proposal: AbstractProposal,
     closed: Sequence[str],
     key: Key,
@@ -82,12 +81,11 @@ def streamed_bounds(
     (plate,) = target.plates
     chosen = tuple((n, Expectation()) for n in closed)
     totals = np.zeros(samples)
-    for number, ids in enumerate(source.blocks()):
-        batch = jax.tree.map(lambda a: jnp.asarray(a[0]), source.load([ids]))
+    for number, (ids, here) in enumerate(at_blocks(target)):
         local = proposal.gather({plate.name: jnp.maximum(jnp.asarray(ids), 0)})
         real = ids >= 0
         for s in range(samples):
             k = jax.random.fold_in(jax.random.fold_in(key, number), s)
-            each, rest = row_bounds(with_rows(target, batch), local, k, chosen, bound, 1)
+            each, rest = row_bounds(here, local, k, chosen, bound, 1)
             totals[s] += float(np.asarray(each)[real].sum()) + (float(rest) if number == 0 else 0.0)
     return totals

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
+from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.surrogate import estimate
 from hivi._families.base import AbstractProposal
@@ -100,6 +103,14 @@ def split_rows(proposal: AbstractProposal) -> tuple[PyTree, PyTree]:
 def with_rows(target: Target, batch: PyTree) -> Target:
     """A streamed target at one minibatch."""
     return dataclasses.replace(target, data={**target.data, "rows": batch}, source=None, starts={})
+
+
+def at_blocks(target: Target) -> Iterator[tuple[np.ndarray, Target]]:
+    """Row numbers of every block of the source (-1 pads the last), and the target there."""
+    if target.source is None:
+        raise FitError(message("streamed fit", "a target without a source", "a streamed target", "use hivi.fit"))
+    for ids in target.source.blocks():
+        yield ids, with_rows(target, jax.tree.map(lambda a: jnp.asarray(a[0]), target.source.load([ids])))
 
 
 def free_moments(proposal: AbstractProposal) -> PyTree:

@@ -22,7 +22,7 @@ from hivi._families.mean_field import MeanField
 from hivi._families.product import build_proposal
 from hivi._fit.progress import Bar
 from hivi._fit.result import Fit
-from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, split_rows, with_rows
+from hivi._fit.stream import AFTER_WARM_UP, Schedule, at_blocks, conditioned, split_rows
 from hivi._fit.streaming import Stream, advance, in_order, open_stream
 from hivi._space import Site
 from hivi._target.base import Target
@@ -124,9 +124,8 @@ def whole(stream: Stream) -> AbstractProposal:
     """The proposal of all rows, in memory; of an inference network, what it gives for each of them."""
     blocks: list[Any] = []
     rest: Any = None
-    for ids in stream.source.blocks():
-        batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
-        own, rest = split_rows(conditioned(with_rows(stream.target, batch), stream.proposal(ids)))
+    for ids, here in at_blocks(stream.target):
+        own, rest = split_rows(conditioned(here, stream.proposal(ids)))
         blocks.append(jax.tree.map(lambda x, real=ids >= 0: np.asarray(x)[real], own))
     joined = jax.tree.map(lambda *parts: jnp.asarray(in_order(stream.source, list(parts))), *blocks)
     return with_sites(eqx.combine(joined, rest), {s.name: s for s in stream.target.sites})

@@ -25,11 +25,11 @@ from hivi._fit.stream import (
     Schedule,
     StreamPlan,
     StreamState,
+    at_blocks,
     free_moments,
     row_moments,
     run_block,
     split_rows,
-    with_rows,
 )  # fmt: skip
 from hivi._target.base import Source, Target
 from hivi._tree import Key, PyTree
@@ -180,9 +180,8 @@ def per_block(stream: Stream, read: Callable[..., PyTree], key: Key, *args: Any)
     The arrays over rows come in the order of the source's blocks; `in_order` joins them in the order of the rows.
     """
     out = []
-    for number, ids in enumerate(stream.source.blocks()):
-        batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
-        found = read(with_rows(stream.target, batch), stream.proposal(ids), jax.random.fold_in(key, number), *args)
+    for number, (ids, here) in enumerate(at_blocks(stream.target)):
+        found = read(here, stream.proposal(ids), jax.random.fold_in(key, number), *args)
         out.append(jax.tree.map(functools.partial(_real, ids >= 0), found))
     return out
 

@@ -11,16 +11,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from hivi._fit.progress import plain_lines
 from hivi._fit.result import Estimate
 from hivi.cli.common import CODES, Json, Seed, console, failures, print_json, show_table
-from hivi.cli.passes import Passes
 from hivi.cli.runs import EMBEDDED, Run, load_corpus, load_run, parse_layers, take_share
 from hivi.topics.base import Corpus
 from hivi.topics.document_scores import Scored, score_run
 from hivi.topics.estimator import DeepExponentialFamily
+from hivi.topics.passes import watching
 from hivi.topics.provenance import provenance
 from hivi.topics.show import Rank, alive, as_text, hierarchy, unit_shares
-from hivi.topics.training import fit_watched
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -153,8 +153,8 @@ def fit(
             passes=passes, warm_up=warm_up, batch_size=batch, random_state=seed,
         )  # fmt: skip
         began = time.monotonic()
-        with Passes("topics fit", passes, train.n_tokens) as progress:
-            fit_watched(model, train, progress.watch)
+        with plain_lines(), watching("topics fit", passes, train.n_tokens) as watch:
+            model.fit(train, watch=watch)
         seconds = time.monotonic() - began
         run = Run(model, story)
         run.save(out)

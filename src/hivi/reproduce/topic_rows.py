@@ -17,12 +17,12 @@ from hivi._families.mean_field import MeanField
 from hivi._fit.result import Estimate
 from hivi.topics.base import Corpus
 from hivi.topics.document_curvature import PASSES, document_curvature
-from hivi.topics.fitting import LOCAL_PASSES, TopicFit, grow, hierarchical
+from hivi.topics.fitting import LOCAL_PASSES, TopicFit, grow, hierarchical, start
+from hivi.topics.fitting import train as go_on
 from hivi.topics.heldout import Scores, Split, paired_difference
 from hivi.topics.model import BATCH, Architecture, Latent
 from hivi.topics.scoring import HeldOut, hold_out
 from hivi.topics.trained import Trained, without_documents
-from hivi.topics.training import begin, go_on
 
 EVERY = 10.0
 """Seconds between two lines of progress."""
@@ -202,9 +202,9 @@ def cut_documents(corpus: Corpus, words: int, seed: int = 0) -> Corpus:
     """
     rng, counts = np.random.default_rng(seed), corpus.to_csr()
     data = counts.data.astype(np.int64)
-    for start, stop in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
-        if data[start:stop].sum() > words:
-            data[start:stop] = rng.multivariate_hypergeometric(data[start:stop], words)
+    for first, stop in zip(counts.indptr[:-1], counts.indptr[1:], strict=True):
+        if data[first:stop].sum() > words:
+            data[first:stop] = rng.multivariate_hypergeometric(data[first:stop], words)
     rows = sp.csr_array((data, counts.indices, counts.indptr), shape=counts.shape)
     return Corpus.from_matrix(rows, corpus.vocabulary, f"{corpus.name}, {words} words")
 
@@ -212,7 +212,7 @@ def cut_documents(corpus: Corpus, words: int, seed: int = 0) -> Corpus:
 def _scratch(
     train: Corpus, a: Architecture, family: AbstractFamily, plan: Plan, seed: int, clock: Clock, label: str
 ) -> TopicFit:
-    fit = begin(train, a, family, key=jax.random.key(seed), batch=plan.batch)
+    fit = start(train, a, family, key=jax.random.key(seed), batch=plan.batch)
     unit = sum(a.layers) * (1.0 if isinstance(family, MeanField) else DEARER)
     watch = clock.watch(label, plan.passes, unit, 0.0)
     return go_on(fit, plan.passes, rng=np.random.default_rng(seed), warm_up=plan.warm_up, watch=watch)

@@ -50,6 +50,11 @@ class Counts:
     def n_documents(self) -> int:
         return int(self.counts.shape[0])
 
+    @property
+    def n_tokens(self) -> int:
+        """Sum of all counts, rounded."""
+        return round(float(self.counts.sum()))
+
     def rows(self, ids: Any) -> sp.csr_array:
         return self.counts[np.asarray(ids)]
 

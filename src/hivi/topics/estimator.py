@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from hivi.topics.coherence import liveness
 from hivi.topics.fitting import Inference, amortised, hierarchical
 from hivi.topics.heldout import perplexity
 from hivi.topics.model import Architecture, Priors
+from hivi.topics.passes import Watch, watching
 from hivi.topics.scoring import predictive
 from hivi.topics.storage import load_model, save_model
 from hivi.topics.trained import Trained, absorb, blank, infer, latents, learn, mean_latents, without_documents
@@ -124,13 +124,14 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> DeepExponentialFamily:
+    def fit(self, X: Any, y: Any = None, *, watch: Watch | None = None) -> DeepExponentialFamily:
         """Fit to documents.
 
         Args:
             X: counts of words, (documents, words): sparse or dense, from 0, fractions allowed; or a `Corpus`, which may be on
                 disk.
             y: ignored.
+            watch: called after every few steps with (passes done, bound in nats), instead of what `verbose` shows.
 
         Returns:
             The estimator itself.
@@ -139,10 +140,11 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         documents = self._documents(X, "fit", reset=True)
         _some_words(documents)
         seed = self._seed()
-        with plain_lines() if self.verbose else contextlib.nullcontext():
+        shown = bool(self.verbose) and watch is None
+        with plain_lines(), watching("topics", self.passes, documents.n_tokens, shown) as progress:
             fit = learn(
                 documents, architecture, family, seed=seed, passes=self.passes, warm_up=min(self.warm_up, self.passes // 2),
-                batch=self.batch_size, shown=bool(self.verbose),
+                batch=self.batch_size, watch=progress if watch is None else watch,
             )  # fmt: skip
         self._set(without_documents(fit, documents.n_documents, seed), mean_latents(fit, seed))
         self.bound_history_ = np.nanmean(fit.elbo.reshape(self.passes, -1), axis=1)

@@ -24,14 +24,15 @@ from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.product import build_proposal
 from hivi._fit.rowwise import row_bounds
-from hivi._fit.stream import AFTER_WARM_UP, Schedule, conditioned, row_moments, split_rows, with_rows
+from hivi._fit.stream import AFTER_WARM_UP, Schedule, at_blocks, conditioned, row_moments, split_rows
 from hivi._fit.streamed import of_a_batch
-from hivi._fit.streaming import Report, Stream, advance, in_order, open_stream, per_block
+from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
 from hivi._likelihood import MAX_LOG_RATE
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, compiled
 from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
+from hivi.topics.passes import Watch
 
 LOCAL_PASSES, REFINING_PASSES = 60, 30
 LOCAL_BATCH = 128
@@ -145,7 +146,7 @@ def train(
     rng: np.random.Generator,
     warm_up: int = 0,
     samples: int = 1,
-    report: Report | None = None,
+    watch: Watch | None = None,
 ) -> TopicFit:
     """Passes over the corpus: first `warm_up` with point estimates of the weights, then with their posterior.
 
@@ -155,8 +156,14 @@ def train(
         rng: order of the documents.
         warm_up: passes of the warm-up; only weights with closed forms have one.
         samples: draws of the latents per step.
-        report: called with (steps done, of, bound).
+        watch: called after every few steps with (passes done, bound in nats).
     """
+    per_pass = len(fit.stream.source.passes(np.random.default_rng(0)))
+
+    def report(done: int, of: int, bound: float) -> None:
+        if watch is not None:
+            watch(len(fit.stream.elbo) / per_pass, bound)
+
     proposal = fit.stream.proposal(fit.stream.source.blocks()[0])
     closed = proposal_closed(fit)
     warm = min(warm_up, passes) if closed else 0
@@ -268,9 +275,8 @@ def localised(stream: Stream) -> tuple[Stream, int]:
     if not stream.proposal(stream.source.blocks()[0]).amortised:
         return stream, LOCAL_PASSES
     opened: Stream | None = None
-    for ids in stream.source.blocks():
-        batch = jax.tree.map(lambda a: jnp.asarray(a[0]), stream.source.load([ids]))
-        local = conditioned(with_rows(stream.target, batch), stream.proposal(ids))
+    for ids, here in at_blocks(stream.target):
+        local = conditioned(here, stream.proposal(ids))
         if opened is None:
             opened = open_stream(stream.target, local, stream.state.key)
         own, _ = split_rows(local)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from hivi._families.base import AbstractFamily
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._fit import store
-from hivi._fit.progress import Bar
 from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule
 from hivi._fit.streaming import Stream, advance, open_stream
 from hivi._space import Plate
@@ -40,6 +37,7 @@ from hivi.topics.fitting import (
     train,
 )
 from hivi.topics.model import Architecture, build_target, corpus_statistics
+from hivi.topics.passes import Watch
 
 SAMPLES = 4
 """Draws of the latents at the step that moves the weights, for a stream of documents: each is met once."""
@@ -114,33 +112,20 @@ def learn(
     passes: int,
     warm_up: int,
     batch: int,
-    shown: bool = False,
+    watch: Watch | None = None,
 ) -> TopicFit:
     """Train on a corpus: a hierarchical family grows from a mean-field fit after half of the passes that follow the warm-up."""
     rng = np.random.default_rng(seed)
     grows = isinstance(family, Hierarchical)
     fit = start(documents, architecture, MeanField() if grows else family, key=_key(seed, _START), batch=batch)
     before = warm_up + (passes - warm_up) // 2 if grows else passes
-    per_pass = len(fit.stream.source.passes(np.random.default_rng(0)))
-    with Bar(passes * per_pass, "topics", shown) as bar:
-        report = _reporter(bar, lambda: fit.stream.elbo, per_pass)
-        train(fit, before, rng=rng, warm_up=warm_up, report=report)
-        if grows:
-            history = fit.stream.elbo
-            fit = grow(fit, family, key=_key(seed, _LEARN))
-            fit.stream.elbo = history
-            train(fit, passes - before, rng=rng, report=report)
+    train(fit, before, rng=rng, warm_up=warm_up, watch=watch)
+    if grows:
+        history = fit.stream.elbo
+        fit = grow(fit, family, key=_key(seed, _LEARN))
+        fit.stream.elbo = history
+        train(fit, passes - before, rng=rng, watch=watch)
     return fit
-
-
-def _reporter(bar: Bar, history: Callable[[], list[float]], recent: int) -> Callable[[int, int, float], None]:
-    began = time.monotonic()
-
-    def report(done: int, of: int, value: float) -> None:
-        values = history()
-        bar.update(len(values), np.asarray(values[-recent:]), len(values) / (time.monotonic() - began))
-
-    return report
 
 
 def without_documents(fit: TopicFit, documents: int, seed: int) -> Trained:
