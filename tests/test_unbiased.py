@@ -313,25 +313,25 @@ class Spoiled(AbstractStrategy):
 
 
 def wrong_sign(measured: Any, increment: Callable[[Array], Array]) -> Array:
-    return -SCORE.surrogate(measured[:2], increment)
+    return -SCORE.surrogate(measured[:3], increment)
 
 
 def own_baseline(measured: Any, increment: Callable[[Array], Array]) -> Array:
     """The baseline contains the draw that it is for."""
-    log_q, signal, _ = measured
+    log_q, signal, _, _ = measured
     baseline = jnp.mean(signal, (0, 1), keepdims=True)
     return jnp.sum(log_q * -increment(jax.lax.stop_gradient(baseline - signal)))
 
 
 def missing_terms(measured: Any, increment: Callable[[Array], Array]) -> Array:
     """The local signal lacks the terms of the first factor."""
-    log_q, signal, terms = measured
-    return SCORE.surrogate((log_q, signal - terms[0]), increment)
+    log_q, signal, predicted, terms = measured
+    return SCORE.surrogate((log_q, signal - terms[0], predicted), increment)
 
 
 def increment_of_elbo(measured: Any, increment: Callable[[Array], Array]) -> Array:
     """Under a multi-sample bound, the increment of the plain one."""
-    return SCORE.surrogate(measured[:2], lambda change: change / change.shape[1])
+    return SCORE.surrogate(measured[:3], lambda change: change / change.shape[1])
 
 
 @pytest.mark.parametrize(

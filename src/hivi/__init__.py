@@ -4,8 +4,13 @@ from hivi._bounds import Elbo, ImportanceWeighted
 from hivi._curvature import Curvature, curvature
 from hivi._errors import CorpusError, FamilyError, FitError, HiviError, LoadError, TargetError
 from hivi._estimators.auto import Auto
+from hivi._estimators.control_variates import DoubleControlVariates
 from hivi._estimators.differences import Difference, LocalExpectation
+from hivi._estimators.disarm import DisARM
 from hivi._estimators.expectation import Expectation
+from hivi._estimators.learned import Learned
+from hivi._estimators.leave_one_out import LeaveOneOut
+from hivi._estimators.moving_average import MovingAverage
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
 from hivi._families.amortised import Amortised
@@ -35,6 +40,8 @@ __all__ = [
     "Curvature",
     "DeepExponentialFamily",
     "Difference",
+    "DisARM",
+    "DoubleControlVariates",
     "Elbo",
     "Estimate",
     "Expectation",
@@ -48,12 +55,15 @@ __all__ = [
     "ImportanceWeighted",
     "InverseFlow",
     "Latent",
+    "Learned",
+    "LeaveOneOut",
     "Linearised",
     "LoadError",
     "LocalExpectation",
     "MeanField",
     "MeanFieldGamma",
     "Mixture",
+    "MovingAverage",
     "Pathwise",
     "Score",
     "SemiImplicit",

@@ -53,6 +53,10 @@ class AbstractLikelihood(eqx.Module):
         """Elementwise log q(z_i | lambda_i)."""
 
     @abc.abstractmethod
+    def mean(self, lam: Float[Array, "*shape width"]) -> Float[Array, "*shape"]:
+        """E[z_i | lambda_i]."""
+
+    @abc.abstractmethod
     def moves(self, z: Array) -> Array:
         """Values to which each coordinate moves in the local expectation: (moves, *shape), none if continuous."""
 
@@ -107,6 +111,10 @@ class FiniteLikelihood(AbstractLikelihood):
         if self.width == 1:
             return -jax.nn.softplus(jnp.where(z == self.low, 1.0, -1.0) * lam[..., 0])
         return jnp.take_along_axis(self.logits(lam), (z - self.low)[..., None], -1)[..., 0]
+
+    def mean(self, lam: Array) -> Array:
+        values = self.low + jnp.arange(self.count, dtype=lam.dtype)
+        return jnp.exp(self.logits(lam)) @ values
 
     def moves(self, z: Array) -> Array:
         shifts = jnp.arange(1, self.count, dtype=z.dtype).reshape((-1,) + (1,) * z.ndim)
@@ -174,6 +182,9 @@ class PoissonLikelihood(AbstractLikelihood):
 
     def near(self, lam: Array, mean: Array) -> Array:
         return lam + jnp.log(jnp.maximum(mean - self.low, 1e-3))[..., None]
+
+    def mean(self, lam: Array) -> Array:
+        return self.low + self.rate(lam)
 
     def moves(self, z: Array) -> Array:
         return (z + 1)[None]
@@ -252,6 +263,9 @@ class BinomialLikelihood(AbstractLikelihood):
         logits = lam[..., 0]
         return choose + count * logits - trials * jax.nn.softplus(logits)
 
+    def mean(self, lam: Array) -> Array:
+        return self.low + (self.count - 1) * jax.nn.sigmoid(lam[..., 0])
+
     def moves(self, z: Array) -> Array:
         return jnp.minimum(z + 1, self.low + self.count - 1)[None]
 
@@ -295,6 +309,9 @@ class NormalLikelihood(AbstractLikelihood):
 
     def near(self, lam: Array, mean: Array) -> Array:
         return lam.at[..., 0].add(mean)
+
+    def mean(self, lam: Array) -> Array:
+        return lam[..., 0]
 
     def moves(self, z: Array) -> Array:
         return jnp.zeros((0, *z.shape), z.dtype)

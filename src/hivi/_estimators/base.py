@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from hivi._factored import Factored
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Latents, Site
 from hivi._target.base import Target
-from hivi._tree import PyTree
+from hivi._tree import Key, PyTree
 
 Increment = Callable[[Array], Array]
 """Change of one draw's log-weight (samples, outer, branches, ...) -> change of the bound, same shape."""
@@ -40,12 +41,70 @@ class Part(NamedTuple):
     views: tuple[tuple[frozenset[str] | None, Latents], ...]
     rest: tuple[PyTree, ...] = ()
 
+    def moved(self, site: str, value: Array) -> Part:
+        """The same with a site at other values, in every view."""
+        if site not in self.factored.program.sites:
+            return self
+        views = tuple((names, {**z, site: value}) for names, z in self.views)
+        found = [(names, self.factored.terms(z, *self.rest)) for names, z in views]
+        terms = [
+            next(terms[k] for names, terms in found if names is None or f.name in names)
+            for k, f in enumerate(self.factored.factors)
+        ]
+        return self._replace(views=views, terms=terms)
+
 
 class Evaluation(NamedTuple):
-    """One draw, evaluated: what a strategy may look at."""
+    """One draw, evaluated: what a strategy may look at.
+
+    Attributes:
+        z: the draw.
+        parts: log p and -log q there.
+        key: randomness for strategies that draw more.
+        local: whether the bound is linear in the log-weight, so that terms which do not touch z_i may be left out.
+        memory: what the strategy has learnt in earlier steps.
+    """
 
     z: Latents
     parts: tuple[Part, ...]
+    key: Key | None = None
+    local: bool = True
+    memory: PyTree = ()
+
+    def total(self) -> Array:
+        """The log-weight log p - log q; a scalar."""
+        return sum((p.sign * p.factored.total(p.terms) for p in self.parts), jnp.zeros(()))
+
+    def moved(self, site: str, value: Array) -> Evaluation:
+        """The same with all coordinates of a site at other values."""
+        parts = tuple(p.moved(site, value) for p in self.parts)
+        return self._replace(z={**self.z, site: value}, parts=parts)
+
+    def change(self, site: str, value: Array) -> Array:
+        """What becomes of each coordinate's signal when the whole site moves, (*site shape).
+
+        For a bound that is not linear, the change of the whole log-weight, for every coordinate.
+        """
+        after = self.moved(site, value)
+        if self.local:
+            return after.signal(site) - self.signal(site)
+        return jnp.broadcast_to(after.total() - self.total(), value.shape)
+
+    def derivative(self, site: str, direction: Array) -> tuple[Array, Array]:
+        """Of log p, between the values of a site: along a direction, local like `signal`, and with respect to each coordinate.
+
+        Both are 0 where any derivative at this draw is not finite.
+
+        Raises:
+            TypeError: log p uses the values as integers.
+        """
+        part, at = self.parts[0], self.z[site].astype(jnp.result_type(float))
+        moved = functools.partial(part.moved, site)
+        _, tangents = jax.jvp(lambda v: moved(v).terms, (at,), (direction.astype(at.dtype),))
+        along = part.sign * part.factored.signal(site, at.shape, tangents)
+        each = part.sign * jax.grad(lambda v: part.factored.total(moved(v).terms))(at)
+        good = jnp.all(jnp.isfinite(each))
+        return jnp.where(good, along, 0.0), jnp.where(good, each, 0.0)
 
     def signal(self, site: str) -> Array:
         """f_i of eq. 8/11: the terms of log p, log r and log q that touch each coordinate of a site."""
@@ -72,6 +131,23 @@ class AbstractStrategy(eqx.Module):
     detached: eqx.AbstractClassVar[bool]
     closed: ClassVar[bool] = False
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it learns from step to step (`start`, `learn`)."""
+        return False
+
+    def start(self, conditional: Conditional, key: Key) -> PyTree:
+        """What it remembers of a site before the first step."""
+        return ()
+
+    def learn(self, memory: PyTree, measured: PyTree) -> PyTree:
+        """What it remembers after a step; leading axes of `measured`: (samples, outer, branches)."""
+        return memory
+
+    def unsuited(self, proposal: AbstractProposal, linear: bool) -> str | None:
+        """Why it cannot serve under this family and bound (linear in the log-weights or not), or None if it can."""
+        return None
+
     @abc.abstractmethod
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         """Why this strategy cannot serve a site, or None if it can."""
@@ -83,6 +159,59 @@ class AbstractStrategy(eqx.Module):
     @abc.abstractmethod
     def surrogate(self, measured: PyTree, increment: Increment) -> Array:
         """Scalar per sample whose gradient is this site's score term; leading axes (samples, outer, branches)."""
+
+
+class Average(eqx.Module):
+    """An exponential moving average, without the bias of its start.
+
+    Attributes:
+        total: weighted sum of what came.
+        weight: sum of its weights.
+    """
+
+    total: Array
+    weight: Array
+
+    def mean(self) -> Array:
+        """The average; 0 before anything came."""
+        return self.total / jnp.maximum(self.weight, 1e-12)
+
+    def after(self, value: Array, decay: float) -> Average:
+        """The average with one more value."""
+        return Average(decay * self.total + (1 - decay) * value, decay * self.weight + (1 - decay))
+
+
+def nothing(shape: tuple[int, ...] = ()) -> Average:
+    """An average of nothing yet."""
+    return Average(jnp.zeros(shape), jnp.zeros(()))
+
+
+def others(signal: Array) -> Array:
+    """Mean over the other draws of a step (axes samples and outer); 0 where there is none."""
+    draws = signal.shape[0] * signal.shape[1]
+    return (jnp.sum(signal, (0, 1), keepdims=True) - signal) / max(draws - 1, 1)
+
+
+class AbstractBaseline(eqx.Module):
+    """What is subtracted from a coordinate's signal: anything that does not depend on that coordinate's draw."""
+
+    remembers: eqx.AbstractClassVar[bool]
+
+    @abc.abstractmethod
+    def start(self, conditional: Conditional, key: Key) -> PyTree:
+        """What it remembers before the first step."""
+
+    @abc.abstractmethod
+    def predict(self, memory: PyTree, conditional: Conditional) -> PyTree:
+        """What one draw of lambda and the past say about the signal; values fixed."""
+
+    @abc.abstractmethod
+    def value(self, signal: Array, predicted: PyTree) -> Array:
+        """The baselines of all draws, like `signal`: (samples, outer, branches, *site shape)."""
+
+    @abc.abstractmethod
+    def learn(self, memory: PyTree, signal: Array, predicted: PyTree) -> PyTree:
+        """What it remembers after a step."""
 
 
 class AbstractEstimator(eqx.Module):
@@ -117,6 +246,7 @@ class Fixed(AbstractEstimator):
             wanted = {s.name: self.strategies for s in target.sites if s.discrete or not self._reason(s, conditionals)}
         for name, strategy in wanted.items():
             reason = strategy.refusal(target.site(name), conditionals.get(name))
+            reason = reason or strategy.unsuited(proposal, bound.linear(proposal.branches))
             if reason is None and strategy.closed and name not in target.closed:
                 reason = "the target does not say that log p meets this site through its means alone"
             if reason:

@@ -1,4 +1,4 @@
-"""Score-function gradients with local learning and a leave-one-out baseline (eq. 8/11)."""
+"""Score-function gradients with local learning and a baseline (eq. 8/11)."""
 
 from __future__ import annotations
 
@@ -8,33 +8,53 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
+from hivi._estimators.base import AbstractBaseline, AbstractStrategy, Evaluation, Increment
+from hivi._estimators.leave_one_out import LeaveOneOut
 from hivi._families.base import Conditional
 from hivi._space import Site
-from hivi._tree import PyTree
+from hivi._tree import Key, PyTree
 
 
 class Score(AbstractStrategy):
-    """grad log q(z_i|lambda_i) times the local signal f_i, less the mean of f_i over the other draws.
+    """grad log q(z_i|lambda_i) times the local signal f_i, less a baseline.
 
     f_i holds only the terms that touch z_i (Rao-Blackwellised, Ranganath et al. 2014); for a multi-sample bound the baseline is
-    the bound with f_i replaced by that mean (compare VIMCO, Mnih & Rezende 2016). It needs two draws or more to
-    have a baseline.
+    the bound with f_i replaced by the baseline's value (compare VIMCO, Mnih & Rezende 2016).
+
+    Args:
+        baseline: `LeaveOneOut()`, the mean of f_i over the other draws, which needs two draws or more; `MovingAverage()`, over
+            earlier steps; `Learned()`, a network of lambda.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Score(baseline=hivi.MovingAverage()).remembers
+        True
     """
 
+    baseline: AbstractBaseline = LeaveOneOut()
     detached: ClassVar[bool] = True
+
+    @property
+    def remembers(self) -> bool:
+        return self.baseline.remembers
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "its coordinates are not independent given the family's context"
 
+    def start(self, conditional: Conditional, key: Key) -> PyTree:
+        return self.baseline.start(conditional, key)
+
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         log_q = conditional.likelihood.log_prob(conditional.lam, evaluation.z[site])
-        return log_q, evaluation.signal(site)
+        fixed = Conditional(conditional.likelihood, jax.lax.stop_gradient(conditional.lam))
+        return log_q, evaluation.signal(site), self.baseline.predict(evaluation.memory, fixed)
 
     def surrogate(self, measured: PyTree, increment: Increment) -> Array:
-        log_q, signal = measured
-        draws = signal.shape[0] * signal.shape[1]
-        total = jnp.sum(signal, (0, 1), keepdims=True)
-        baseline = (total - signal) / max(draws - 1, 1)
+        log_q, signal, predicted = measured
+        baseline = self.baseline.value(signal, predicted)
         advantage = -increment(jax.lax.stop_gradient(baseline - signal))
         return jnp.sum(log_q * advantage)
+
+    def learn(self, memory: PyTree, measured: PyTree) -> PyTree:
+        _, signal, predicted = measured
+        return self.baseline.learn(memory, signal, predicted)

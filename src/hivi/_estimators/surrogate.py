@@ -24,9 +24,15 @@ Strategies = Mapping[str, AbstractStrategy]
 
 
 class Estimated(NamedTuple):
-    """Estimates of the bound at one step, one per sample, in nats."""
+    """What a step found.
+
+    Attributes:
+        bound: estimates of the bound, one per sample, in nats.
+        memory: site -> what its strategy has learnt, for the next step.
+    """
 
     bound: Float[Array, " samples"]
+    memory: dict[str, PyTree]
 
 
 def surrogate(
@@ -37,6 +43,7 @@ def surrogate(
     key: Key,
     samples: int,
     shard: Callable[[Array], Array] = lambda x: x,
+    memory: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, ""], Estimated]:
     """Mean bound over samples; differentiate it with respect to the proposal for the gradient estimate.
 
@@ -48,10 +55,11 @@ def surrogate(
         key: randomness of the minibatch and of the draws.
         samples: number of independent estimates of the bound.
         shard: places an array with a leading samples axis on devices.
+        memory: site -> what its strategy has learnt in earlier steps; None before the first.
     """
     k_rows, k_draws = jax.random.split(key)
     rows = target.minibatch(k_rows)
-    return estimate(proposal.gather(rows), target, strategies, bound, k_draws, samples, rows, shard)
+    return estimate(proposal.gather(rows), target, strategies, bound, k_draws, samples, rows, shard, memory)
 
 
 def estimate(
@@ -63,6 +71,7 @@ def estimate(
     samples: int,
     rows: Rows,
     shard: Callable[[Array], Array] = lambda x: x,
+    memory: Mapping[str, PyTree] | None = None,
 ) -> tuple[Float[Array, ""], Estimated]:
     """`surrogate` for the proposal of one minibatch."""
     closed = {n: s for n, s in strategies.items() if isinstance(s, Expectation)}
@@ -71,10 +80,11 @@ def estimate(
     local = local.averaging(target.averaged) if target.averaged else local
     branches, log_pi = local.branches, local.log_weights()
     check_minibatch(target, bound, branches)
+    known = memories(local, strategies) if memory is None else memory
     keys = shard(jax.random.split(key, (samples, bound.draws, branches)))
 
     def one(k: Key, branch: Array) -> tuple[Array, PyTree, Array]:
-        return _draw(local, target, strategies, bound.inner, k, branch, rows)
+        return _draw(local, target, strategies, bound, k, branch, rows, known)
 
     if keys.size == 1:  # under vmap, a conditional runs both its branches
         single = one(keys.reshape(()), jnp.array(0))
@@ -94,20 +104,35 @@ def estimate(
     # E[grad log q(z|lambda)] = 0 with a constant weight: this cancels the pathwise score of detached draws.
     weight = jnp.exp(fixed_pi) * local.score_weight(bound.inner) / bound.draws
     extra = extra + jnp.sum(weight * cancel)
-    return jnp.mean(values) + value_zero(extra) / samples, Estimated(jax.lax.stop_gradient(values))
+    fixed = jax.lax.stop_gradient(measured)
+    learnt = {n: strategies[n].learn(known.get(n, ()), m) for n, m in fixed.items()}
+    return jnp.mean(values) + value_zero(extra) / samples, Estimated(jax.lax.stop_gradient(values), learnt)
+
+
+def memories(proposal: AbstractProposal, strategies: Strategies) -> dict[str, PyTree]:
+    """Site -> what its strategy remembers before the first step."""
+    chosen = {n: s for n, s in strategies.items() if s.remembers}
+    if not chosen:
+        return {}
+    _, context = proposal.propose(jax.random.key(0))
+    found = proposal.conditionals(context)
+    keys = dict(zip(chosen, jax.random.split(jax.random.key(0), len(chosen)), strict=True))
+    return {n: s.start(jax.lax.stop_gradient(found[n]), keys[n]) for n, s in chosen.items()}
 
 
 def _draw(
     proposal: AbstractProposal,
     target: Target,
     strategies: Strategies,
-    inner: int,
+    bound: AbstractBound,
     key: Key,
     branch: Array,
     rows: Rows,
+    memory: Mapping[str, PyTree],
 ) -> tuple[Array, PyTree, Array]:
     """Log-weight of one draw, what its strategies measured, and the log q(z|lambda) of detached sites."""
     k_draw, k_inner = jax.random.split(key)
+    inner, k_more = bound.inner, jax.random.fold_in(key, 1)
     z, context = proposal.propose(k_draw, branch)
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
@@ -134,9 +159,13 @@ def _draw(
             Part(1.0, target.factored, stop(p_terms), tuple((n, stop(v)) for n, v in views), (target.data, rows)),
             Part(-1.0, fixed, stop(q_terms), ((None, here),)),
         ),
+        local=bound.linear(proposal.branches),
     )
     conditionals = proposal.conditionals(context)
-    measured = {n: strategies[n].measure(n, conditionals[n], evaluation) for n in detached}
+    measured = {}
+    for number, n in enumerate(sorted(detached)):
+        own = evaluation._replace(key=jax.random.fold_in(k_more, number), memory=memory.get(n, ()))
+        measured[n] = strategies[n].measure(n, conditionals[n], own)
     cancel = sum(
         (
             _scale(target, n) * jnp.sum(c.likelihood.log_prob(c.lam, z[n]))

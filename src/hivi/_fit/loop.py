@@ -120,7 +120,7 @@ def fit(
     check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
     plan = Plan(tuple(strategies.items()), bound, samples, chosen, optimizer is None, mesh)
-    state = initial_state(proposal, plan, k_run, steps)
+    state = initial_state(proposal, target, plan, k_run, steps)
     if mesh is not None:
         state, target = _on_mesh(state, target, plan, mesh)
     settings = [steps, samples, learning_rate, repr(tolerance), optimizer is None]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from hivi._bounds import AbstractBound
 from hivi._estimators.base import AbstractStrategy
-from hivi._estimators.surrogate import Estimated, surrogate
+from hivi._estimators.surrogate import Estimated, memories, surrogate
 from hivi._families.base import AbstractProposal
 from hivi._fit.parallel import shard_samples
 from hivi._target.base import Target
@@ -42,6 +42,7 @@ class State(eqx.Module):
         decay_from: step at which the learning rate starts to decay.
         decay_steps: length of the decay.
         skipped: steps without an update, because bound or gradient was not finite.
+        memory: site -> what its strategy has learnt (baselines, the weight of a control variate).
     """
 
     proposal: AbstractProposal
@@ -53,6 +54,7 @@ class State(eqx.Module):
     decay_from: Int[Array, ""]
     decay_steps: Int[Array, ""]
     skipped: Int[Array, ""]
+    memory: dict[str, PyTree]
 
 
 class Plan(NamedTuple):
@@ -82,12 +84,14 @@ def default_optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.99), optax.scale(learning_rate))
 
 
-def initial_state(proposal: AbstractProposal, plan: Plan, key: Key, steps: int) -> State:
+def initial_state(proposal: AbstractProposal, target: Target, plan: Plan, key: Key, steps: int) -> State:
     """State before the first step; without early stopping the last 40 % of the steps decay."""
     moments = plan.optimizer.init(eqx.filter(proposal, eqx.is_inexact_array))
     decay = max(1, int(0.4 * steps))
     zero = jnp.array(0, jnp.int32)
-    return State(proposal, proposal, moments, key, zero, jnp.ones(()), zero + (steps - decay), zero + decay, zero)
+    memory = memories(proposal.gather(target.all_rows()), dict(plan.strategies))
+    decays = zero + (steps - decay), zero + decay
+    return State(proposal, proposal, moments, key, zero, jnp.ones(()), *decays, zero, memory)
 
 
 def schedule(state: State) -> Array:
@@ -115,7 +119,7 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
     shard = functools.partial(shard_samples, mesh=plan.mesh)
 
     def objective(proposal: AbstractProposal) -> tuple[Array, Estimated]:
-        return surrogate(proposal, target, dict(plan.strategies), plan.bound, now, plan.samples, shard)
+        return surrogate(proposal, target, dict(plan.strategies), plan.bound, now, plan.samples, shard, state.memory)
 
     (value, estimated), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(state.proposal)
     ok = jnp.isfinite(value) & finite(gradient)
@@ -141,6 +145,7 @@ def step(state: State, target: Target, plan: Plan) -> tuple[State, Info]:
         decay_from=state.decay_from,
         decay_steps=state.decay_steps,
         skipped=state.skipped + jnp.where(ok, 0, 1),
+        memory=select(ok, {n: estimated.memory[n] for n in state.memory}, state.memory),
     )
     count = estimated.bound.shape[0]
     spread = jnp.std(estimated.bound, ddof=1) / jnp.sqrt(count) if count > 1 else jnp.array(jnp.nan)

@@ -34,7 +34,9 @@ from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 from hivi.topics.passes import Watch
 
-LOCAL_PASSES, REFINING_PASSES = 60, 30
+LOCAL_PASSES = 60
+REFINING_RATE, REFINING_DRAWS = 0.1, 4
+"""Of documents that start at an inference network's answer: chosen on documents held out of training."""
 LOCAL_BATCH = 128
 
 
@@ -230,8 +232,7 @@ def infer(
         fit: the trained model.
         documents: any documents over its vocabulary.
         key: a JAX random key.
-        passes: gradient steps per document: 60 if None; 30 from where an inference network starts them, and with 0 its answer
-            stands as it is.
+        passes: gradient steps per document: 60 if None; with 0 an inference network's answer stands as it is.
         samples: draws per document for the bound, and for posterior means that have no closed form.
         bound: which bound; `Elbo()` if None.
     """
@@ -247,10 +248,10 @@ def inferred(
     size = 1
     while size < min(documents.n_documents, LOCAL_BATCH):
         size *= 2
-    stream, usual = localised(opened(fit, documents, size, key=key))
+    stream, schedule, samples = localised(opened(fit, documents, size, key=key))
     chosen = strategies(stream.target, stream.proposal(stream.source.blocks()[0]))
-    schedule, rng = Schedule(shared=False), np.random.default_rng(0)
-    advance(stream, usual if passes is None else passes, strategies=chosen, schedule=schedule, rng=rng)
+    steps, rng = LOCAL_PASSES if passes is None else passes, np.random.default_rng(0)
+    advance(stream, steps, strategies=chosen, schedule=schedule, samples=samples, rng=rng)
     return stream, chosen
 
 
@@ -266,14 +267,14 @@ def opened(fit: TopicFit, documents: Documents, size: int, *, key: Key) -> Strea
     return stream
 
 
-def localised(stream: Stream) -> tuple[Stream, int]:
-    """For documents to be inferred: parameters of their own, and how many passes they need.
+def localised(stream: Stream) -> tuple[Stream, Schedule, int]:
+    """For documents to be inferred: parameters of their own, the size of their steps, and draws per step.
 
     Those of an inference network start at its answer (semi-amortised inference, Kim et al. 2018): it is a good start, and
-    a poor end for long documents.
+    a poor end for long documents. From there the steps are gentle: large ones lose what the network knows of short documents.
     """
     if not stream.proposal(stream.source.blocks()[0]).amortised:
-        return stream, LOCAL_PASSES
+        return stream, Schedule(shared=False), 1
     opened: Stream | None = None
     for ids, here in at_blocks(stream.target):
         local = conditioned(here, stream.proposal(ids))
@@ -282,7 +283,7 @@ def localised(stream: Stream) -> tuple[Stream, int]:
         own, _ = split_rows(local)
         opened.records.write(ids, np.asarray(opened.layout.pack((own, row_moments(own)))))
     assert opened is not None
-    return opened, REFINING_PASSES
+    return opened, Schedule(rows=REFINING_RATE, shared=False), REFINING_DRAWS
 
 
 def read(
