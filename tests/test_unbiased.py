@@ -101,21 +101,9 @@ def means(
     bound: Any,
     samples: int = 1,
     most: int = 13,
-) -> Means:
-    """Enumerate every discrete draw at one continuous noise."""
-    return means_at([0], target, proposal, strategies, bound, samples, most)[0]
-
-
-def means_at(
-    seeds: Iterable[int],
-    target: hivi.Target,
-    proposal: AbstractProposal,
-    strategies: Mapping[str, AbstractStrategy],
-    bound: Any,
-    samples: int = 1,
-    most: int = 13,
+    seeds: Iterable[int] = (0,),
 ) -> list[Means]:
-    """The same at several continuous noises (and minibatches), compiled once."""
+    """Enumerate every discrete draw; one row for each continuous noise (and minibatch), compiled once."""
     shape = (samples, bound.draws, proposal.branches)
     count = math.prod(shape)
     branch = jnp.broadcast_to(jnp.arange(shape[2]), shape).reshape(-1)
@@ -262,7 +250,7 @@ def solve(case: Case) -> Means:
     target = TARGETS[case.target]()
     proposal = built(case.family, target)
     chosen = strategies(target, case.kind)
-    return means(target, proposal, chosen, BOUNDS[case.bound], case.samples, case.most)
+    return means(target, proposal, chosen, BOUNDS[case.bound], case.samples, case.most)[0]
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=lambda c: f"{c.family} - {c.target} - {c.kind} - {c.bound}")
@@ -345,7 +333,7 @@ def increment_of_elbo(measured: Any, increment: Callable[[Array], Array]) -> Arr
 )
 def test_a_biased_estimator_is_noticed(spoil, target, bound, samples):
     model = TARGETS[target]()
-    result = means(model, built("mean-field", model), {"z": Spoiled(spoil)}, BOUNDS[bound], samples)
+    [result] = means(model, built("mean-field", model), {"z": Spoiled(spoil)}, BOUNDS[bound], samples)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         agree(result)
 
@@ -445,9 +433,9 @@ def test_minibatches_average_to_the_full_gradient(kind):
     assert len(seeds) == math.comb(ROWS, BATCH)
     proposal = perturbed(build_proposal(hivi.MeanField(), full.sites, jax.random.key(0)), jax.random.key(1), 0.5)
     local = eqx.tree_at(lambda p: p.lam, build_proposal(hivi.MeanField(), small.sites, jax.random.key(0)), proposal.lam)
-    right = means(full, proposal, strategies(full, kind), hivi.Elbo())
+    [right] = means(full, proposal, strategies(full, kind), hivi.Elbo())
     agree(right)
-    each = means_at(seeds.values(), small, local, strategies(small, kind), hivi.Elbo())
+    each = means(small, local, strategies(small, kind), hivi.Elbo(), seeds=seeds.values())
     value, gradient = (sum(m.found[k] for m in each) / len(each) for k in (0, 1))
     agree(Means(right.exact, (value, gradient)))
 
@@ -459,7 +447,7 @@ def test_rows_of_a_hierarchy_take_the_plate_scale():
     family = {"z": hivi.Hierarchical(prior=hivi.MeanField(), auxiliary=hivi.Linearised()), ".*": hivi.MeanField()}
     proposal = perturbed(build_proposal(family, small.sites, jax.random.key(0)), jax.random.key(1), 0.3)
     bound = hivi.ImportanceWeighted(outer=1, inner=2)
-    agree(means(small, proposal, strategies(small, "exact"), bound))
+    agree(means(small, proposal, strategies(small, "exact"), bound)[0])
     p = proposal.gather(small.all_rows())
     z, context = p.propose(jax.random.key(0))
     terms = p.log_q(z, context, jax.random.key(1), 2)
