@@ -20,7 +20,7 @@ from jax import lax
 from jax.extend.core import Primitive
 
 from hivi._locality import axes
-from hivi._locality.base import ALL, All, Along, Const, Loss, Read, Scope, identity, total
+from hivi._locality.base import ALL, CAP, All, Along, Const, Loss, Read, Scope, Table, identity, table, total
 
 VALUES = 3
 
@@ -91,7 +91,7 @@ PRECISE: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
     "batched product": (lambda z: jnp.einsum("ij,ijk->ik", z, jnp.ones((4, 5, 2))), MATRIX, ROW),
     "one-hot": (lambda z: jax.nn.one_hot(z, 3) @ jnp.ones((3, 2)), VECTOR, SAME1),
     "reshape": (lambda z: z[:, None].reshape(4, 5, 1, 1)[..., 0] * 1, MATRIX, SAME2),
-    "tile": (lambda z: jnp.tile(z, 2), VECTOR, {(A0,), (Along(0, -6),)}),
+    "tile": (lambda z: jnp.tile(z, 2), VECTOR, {(table([0], np.arange(12) % 6),)}),
     "stack": (lambda z: jnp.stack([z[i] for i in range(6)]), VECTOR, SAME1),
     "stack of pairs": (lambda z: jnp.array([z[i] * z[i + 1] for i in range(5)]), VECTOR, PAIR),
     "stack of columns": (lambda z: jnp.stack([z[:, i] for i in range(5)], 1), MATRIX, SAME2),
@@ -263,10 +263,10 @@ def test_mutable_arrays_touch_everything():
 
 
 def test_the_cap_joins_and_says_so():
-    assert len(maps(lambda z: sum(z[i] for i in range(8)), jnp.zeros(20))) == 8
-    (scope,), losses = run(lambda z: sum(z[i] for i in range(9)), jnp.zeros(20))
+    assert len(maps(lambda z: sum(z[i] for i in range(CAP)), jnp.zeros(50))) == CAP
+    (scope,), losses = run(lambda z: sum(z[i] for i in range(CAP + 1)), jnp.zeros(50))
     assert scope == {"z": total(1)}
-    assert losses == [Loss("z", "add", "more than 8 places")]
+    assert losses == [Loss("z", "add", f"more than {CAP} places")]
 
 
 def test_an_accumulator_is_reported():
@@ -317,6 +317,9 @@ def reach(scope: Scope, sizes: dict[str, tuple[int, ...]], shape: tuple[int, ...
                 elif isinstance(e, Along):
                     assert 0 <= e.axis < len(shape)
                     hit &= index == e.stride * where[e.axis] + e.offset
+                elif isinstance(e, Table):
+                    assert all(0 <= a < len(shape) for a in e.axes)
+                    hit &= index == e.array()[tuple(where[a] for a in e.axes)]
                 else:
                     assert isinstance(e, All)
             counts[site] += hit

@@ -221,9 +221,10 @@ def factorise(
     jaxpr, consts, _ = _jaxprs.trace(flat, *(z[s] for s in sites), *leaves)
     jaxpr = _jaxprs.inline(jaxpr)
     parts = peel(jaxpr)
-    jaxpr = _jaxprs.rebuild(jaxpr, outvars=[t.var for t in parts])
-    seeds = [None] * len(consts) + list(sites) + [None] * len(leaves)
-    found, losses = scopes(jaxpr, seeds)
+    jaxpr = _jaxprs.trimmed(_jaxprs.rebuild(jaxpr, outvars=[t.var for t in parts]))
+    # Captured arrays stay arguments of the compiled program, but indices among them are part of its structure.
+    fixed = _jaxprs.rebuild(jaxpr, invars=jaxpr.invars[len(consts) :], constvars=jaxpr.invars[: len(consts)])
+    found, losses = scopes(fixed, [*sites, *[None] * len(leaves)], consts)
     scales = scales or {}
     found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, found, strict=True)]
     factors = tuple(

@@ -73,6 +73,13 @@ def prune(jaxpr: jex.Jaxpr, keep: Sequence[bool]) -> tuple[jex.Jaxpr, list[bool]
     return partial_eval.dce_jaxpr(named, list(keep))
 
 
+def trimmed(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """Drop all that no output needs; the inputs stay."""
+    small, used = prune(jaxpr, [True] * len(jaxpr.outvars))
+    rest = iter(small.invars)
+    return rebuild(small, invars=[next(rest) if u else v for v, u in zip(jaxpr.invars, used, strict=True)])
+
+
 def evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> list[Any]:
     """Run an open jaxpr on concrete or traced values."""
     # Results that are literals of the program come back as numbers or NumPy arrays.

@@ -99,7 +99,9 @@ def _literal(shape: Shape, value: Any) -> Arr:
 
 
 class _Interpreter:
-    """Walks jaxprs. `depth` counts the enclosing loops, whose steps are the axes -1, ..., -depth.
+    """Walks jaxprs, and knows the lengths of the `loops` around, innermost first.
+
+    The steps of loops are the axes -1, -2, ... from the outermost on, so that `shape + loops` has the size of every axis.
 
     Only if `trusting` may the values of constant arrays shape the answer.
     """
@@ -108,7 +110,7 @@ class _Interpreter:
         self.sizes = sizes
         self.trusting = trusting
         self.losses: dict[Loss, None] = {}
-        self.depth = 0
+        self.loops: Shape = ()
 
     def run(self, jaxpr: Any, consts: Sequence[Arr], args: Sequence[Arr]) -> list[Arr]:
         """Interpret an open jaxpr."""
@@ -162,7 +164,7 @@ class _Interpreter:
             known, columns = None, None
             dtype = getattr(v.aval, "dtype", None)
             if isinstance(dtype, np.dtype) and dtype.kind in "iub":
-                known = _integers(name, args, shape, dtype, mine)
+                known = _integers(name, args, shape, dtype, mine, shape + self.loops)
                 columns = side_by_side(name, eqn.params, args, shape)
             outs.append(Arr(shape, self.scope(name, mine, args, shape) if touched else {}, known, columns))
         return outs
@@ -179,19 +181,22 @@ class _Interpreter:
         if len(reads) == 1 and reads[0].view is None and reads[0].place is None:
             return args[reads[0].operand].scope
         found: dict[str, list[tuple[AxisMap, tuple[int, Const | Along] | None]]] = {}
+        extent = shape + self.loops
         for read in reads:
             view = _tight(read.view, args[read.operand].shape)
             for site, maps in args[read.operand].scope.items():
                 for m in maps:
-                    new = m if view is None else tuple(compose(e, view) for e in m)
+                    new = m if view is None else tuple(compose(e, view, extent) for e in m)
                     if read.reason and new.count(ALL) > m.count(ALL):
                         self.losses[Loss(site, name, read.reason)] = None
                     found.setdefault(site, []).append((new, read.place))
-        return self._noted(name, {site: merge_reads(f, shape, self.sizes[site]) for site, f in found.items()})
+        return self._noted(name, {site: merge_reads(f, extent, self.sizes[site]) for site, f in found.items()})
 
     def merged(self, name: str, found: dict[str, set[AxisMap]], shape: Shape) -> Scope:
         """Scope of an array of this shape, from maps that may overlap."""
-        return self._noted(name, {site: merge(maps, shape, self.sizes[site]) for site, maps in found.items()})
+        return self._noted(
+            name, {site: merge(maps, shape + self.loops, self.sizes[site]) for site, maps in found.items()}
+        )
 
     def _noted(self, name: str, results: dict[str, tuple[Maps, str]]) -> Scope:
         for site, (_, reason) in results.items():
@@ -229,10 +234,12 @@ def _tight(view: AxisMap | None, shape: Shape) -> AxisMap | None:
     return tuple(Const(0) if n == 1 and isinstance(e, All) else e for e, n in zip(view, shape, strict=True))
 
 
-def _integers(name: str, args: Sequence[Arr], shape: Shape, dtype: np.dtype, reads: Sequence[Read]) -> Known | None:
+def _integers(
+    name: str, args: Sequence[Arr], shape: Shape, dtype: np.dtype, reads: Sequence[Read], extent: Shape
+) -> Known | None:
     """Known integers of an output."""
     if name in VIEWS and reads and args[0].known is not None:
-        return args[0].known.seen(_tight(reads[0].view, args[0].shape))
+        return args[0].known.seen(_tight(reads[0].view, args[0].shape), extent)
     if name in FOLDED and any(a.known for a in args):
-        return fold(name, [a.known and a.known.seen(spread(a.shape, shape)) for a in args], dtype)
+        return fold(name, [a.known and a.known.seen(spread(a.shape, shape), extent) for a in args], dtype, extent)
     return None

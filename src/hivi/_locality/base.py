@@ -7,8 +7,12 @@ of the factor can touch. Locality is read from the arithmetic (a jaxpr), never f
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
 
 
 class All(NamedTuple):
@@ -29,7 +33,22 @@ class Along(NamedTuple):
     stride: int = 1
 
 
-Entry: TypeAlias = All | Const | Along
+class Table(NamedTuple):
+    """Element `out` touches the latent index that a table holds at the indices of `out` on `axes`; below 0, none.
+
+    For constant gathers, and for merged and split axes. As bytes, so that it can be hashed and compared.
+    """
+
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    data: bytes
+
+    def array(self) -> np.ndarray:
+        """The table, one array axis for each of `axes`."""
+        return np.frombuffer(self.data, np.int64).reshape(self.shape)
+
+
+Entry: TypeAlias = All | Const | Along | Table
 AxisMap: TypeAlias = tuple[Entry, ...]
 """One entry per axis of the latent; `()` for a scalar latent."""
 
@@ -81,37 +100,116 @@ class Factor(NamedTuple):
 
 # What the parts of the axis-map interpreter (axes.py) share.
 
-CAP = 8
+CAP = 32
 """Most maps kept for one array and site; above it they are joined."""
 
 Shape: TypeAlias = tuple[int, ...]
 
+LIMIT = 1 << 20
+"""Most elements of a table of indices."""
 
-def compose(entry: Entry, view: AxisMap) -> Entry:
+NOWHERE = -(1 << 40)
+"""In tables: no index at all. Every number below 0 means so; this one stays below 0 under offsets and strides."""
+
+
+def table(axes: Sequence[int], array: np.ndarray) -> Entry:
+    """The shortest spelling of an entry given by a table; `ALL` where that would be too large."""
+    array = np.asarray(array, np.int64)
+    kept = [k for k, n in enumerate(array.shape) if n > 1 and np.any(array != array.take([0], k))]
+    array = np.ascontiguousarray(array[tuple(slice(None) if k in kept else 0 for k in range(array.ndim))], np.int64)
+    if not kept:
+        return Const(int(array.flat[0]))
+    if len(kept) == 1:
+        step = int(array[1] - array[0])
+        if step and np.array_equal(array, int(array[0]) + step * np.arange(len(array))) and array.min() > NOWHERE // 2:
+            return Along(axes[kept[0]], int(array[0]), step)
+    if array.size > LIMIT:
+        return ALL
+    names = [axes[k] for k in kept]
+    order = sorted(range(len(kept)), key=names.__getitem__)
+    array = np.ascontiguousarray(array.transpose(order))
+    return Table(tuple(names[k] for k in order), array.shape, array.tobytes())
+
+
+def values(entry: Entry, axes: Sequence[int], extent: Shape | Mapping[int, int]) -> np.ndarray:
+    """Latent index of every element along `axes` (sorted, with those of the entry among them); below 0, none.
+
+    Args:
+        entry: any but `ALL`.
+        axes: axes of the array; below 0, steps of enclosing loops.
+        extent: sizes of the array's axes, then those of the enclosing loops, innermost first.
+    """
+    if isinstance(entry, Along):
+        line = entry.offset + entry.stride * np.arange(extent[entry.axis], dtype=np.int64)
+        return line.reshape([-1 if a == entry.axis else 1 for a in axes])
+    if isinstance(entry, Table):
+        sizes = dict(zip(entry.axes, entry.shape, strict=True))
+        return entry.array().reshape([sizes.get(a, 1) for a in axes])
+    return np.full([1] * len(axes), entry.index if isinstance(entry, Const) else NOWHERE, np.int64)
+
+
+def used(entry: Entry) -> tuple[int, ...]:
+    """The axes along which an entry varies."""
+    if isinstance(entry, Along):
+        return (entry.axis,)
+    return entry.axes if isinstance(entry, Table) else ()
+
+
+def reindex(entry: Entry, moves: Mapping[int, Entry], extent: Shape) -> Entry:
+    """Entry of an array whose axes are read at other indices; what is read outside of an array is nothing.
+
+    Args:
+        entry: how a latent axis follows the array that is read.
+        moves: axis of that array -> the index read there; axes that are not listed stay.
+        extent: sizes of the axes of the result, then those of the enclosing loops, innermost first.
+    """
+    if isinstance(entry, Along) and entry.axis in moves:
+        index = moves[entry.axis]
+        if isinstance(index, Along):
+            return Along(index.axis, entry.offset + entry.stride * index.offset, entry.stride * index.stride)
+        if isinstance(index, Const):
+            return Const(entry.offset + entry.stride * index.index)
+        if isinstance(index, Table):
+            places = index.array()
+            return table(index.axes, np.where(places < 0, NOWHERE, entry.offset + entry.stride * places))
+        return ALL
+    if isinstance(entry, Table) and any(a in moves for a in entry.axes):
+        return _look_up(entry, moves, extent)
+    return entry
+
+
+def _look_up(entry: Table, moves: Mapping[int, Entry], extent: Shape) -> Entry:
+    """A table read at other indices."""
+    own = {a: n for a, n in zip(entry.axes, entry.shape, strict=True) if a not in moves}
+    index = [moves.get(a, Along(a)) for a in entry.axes]
+    axes = sorted({a for e in index for a in used(e)})
+    sizes = {a: own[a] if a in own else extent[a] for a in axes}
+    if ALL in index or math.prod(sizes.values()) > LIMIT:
+        return ALL
+    places = [values(e, axes, sizes) for e in index]
+    inside = functools.reduce(np.logical_and, [(p >= 0) & (p < n) for p, n in zip(places, entry.shape, strict=True)])
+    clipped = tuple(np.clip(p, 0, n - 1) for p, n in zip(places, entry.shape, strict=True))
+    return table(axes, np.where(inside, entry.array()[clipped], NOWHERE))
+
+
+def compose(entry: Entry, view: AxisMap, extent: Shape) -> Entry:
     """Entry of an array read through `view`, which gives the index read on each of its axes.
 
     An axis below 0 is the step of an enclosing loop (-1 for the outermost, -2 for the next); no view moves it.
     """
-    if not isinstance(entry, Along) or entry.axis < 0:
-        return entry
-    index = view[entry.axis]
-    if isinstance(index, Along):
-        return Along(index.axis, entry.offset + entry.stride * index.offset, entry.stride * index.stride)
-    if isinstance(index, Const):
-        return Const(entry.offset + entry.stride * index.index)
-    return ALL
+    return reindex(entry, dict(enumerate(view)), extent)
 
 
 class Known(NamedTuple):
     """An integer (or boolean) array whose value at each element is `entry` of its index, within bounds."""
 
-    entry: Const | Along
+    entry: Const | Along | Table
     low: int
     high: int
 
-    def seen(self, view: AxisMap | None) -> Known | None:
-        """The same values seen through `view`, or None where they are no longer known."""
-        entry = self.entry if view is None else compose(self.entry, view)
+    def seen(self, view: AxisMap | None, extent: Shape) -> Known | None:
+        """The same values seen through `view` in an array of that extent, or None where they are no longer known."""
+        entry = self.entry if view is None else compose(self.entry, view, extent)
         if isinstance(entry, All):
             return None
         return constant(entry.index) if isinstance(entry, Const) else Known(entry, self.low, self.high)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from hivi._locality.base import All, Along, Const, Factor
+from hivi._locality.base import ALL, LIMIT, Along, Factor, used, values
 
 
 def colours(factors: Sequence[Factor], site: str, shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -24,41 +26,40 @@ def colours(factors: Sequence[Factor], site: str, shape: tuple[int, ...]) -> lis
     Returns:
         One integer array per axis, of the axis' length, with values 0..(number of colours - 1).
     """
-    return [_axis_colours([f.maps(site) for f in factors], axis, size) for axis, size in enumerate(shape)]
+    return [_axis_colours(factors, site, axis, size) for axis, size in enumerate(shape)]
 
 
-def _axis_colours(maps: Sequence[frozenset], axis: int, size: int) -> np.ndarray:
+def _axis_colours(factors: Sequence[Factor], site: str, axis: int, size: int) -> np.ndarray:
     distances: set[int] = set()
-    cliques: set[tuple[int, ...]] = set()
-    for factor in maps:
-        entries = {m[axis] for m in factor}
-        if not entries:
-            continue
-        along = [e for e in entries if isinstance(e, Along)]
-        const = [e.index for e in entries if isinstance(e, Const)]
-        if (
-            any(isinstance(e, All) for e in entries)
-            or (along and const)
-            or len({(e.axis, e.stride) for e in along}) > 1
-        ):
+    pairs: list[np.ndarray] = []
+    for factor in factors:
+        entries = {m[axis] for m in factor.maps(site)}
+        if ALL in entries:
             return np.arange(size)
-        offsets = [e.offset for e in along]
-        distances |= {abs(a - b) for a in offsets for b in offsets if a != b}
-        if len(const) > 1:
-            cliques.add(tuple(sorted(const)))
-    if not cliques:
-        period = 1 + max(distances, default=0)
+        for x, y in itertools.combinations(entries, 2):
+            if isinstance(x, Along) and isinstance(y, Along) and (x.axis, x.stride) == (y.axis, y.stride):
+                distances.add(abs(x.offset - y.offset))
+                continue
+            axes = sorted({*used(x), *used(y)})
+            if math.prod(factor.shape[a] for a in axes) > LIMIT:
+                return np.arange(size)
+            both = np.broadcast_arrays(values(x, axes, factor.shape), values(y, axes, factor.shape))
+            pairs.append(np.stack([both[0].ravel(), both[1].ravel()], 1))
+    distances = {d for d in distances if d < size}
+    if not pairs:
+        # Indices of one colour are multiples of the period apart, and no factor element reaches two of them.
+        period = next(p for p in range(1, size + 1) if all(d % p for d in distances)) if size else 1
         return np.arange(size) % period
-    return _greedy(size, distances, cliques)
+    return _greedy(size, distances, np.concatenate(pairs))
 
 
-def _greedy(size: int, distances: set[int], cliques: set[tuple[int, ...]]) -> np.ndarray:
+def _greedy(size: int, distances: set[int], pairs: np.ndarray) -> np.ndarray:
+    pairs = pairs[((pairs >= 0) & (pairs < size)).all(1) & (pairs[:, 0] != pairs[:, 1])]
     neighbours: list[set[int]] = [set() for _ in range(size)]
-    for clique in cliques:
-        for i in clique:
-            neighbours[i].update(clique)
-    result = np.zeros(size, int)
+    for i, j in np.unique(np.sort(pairs, 1), axis=0).tolist():
+        neighbours[j].add(i)
+    result = [0] * size
     for i in range(size):
-        taken = {result[j] for j in neighbours[i] if j < i} | {result[i - d] for d in distances if i >= d}
-        result[i] = next(c for c in range(size) if c not in taken)
-    return result
+        taken = {result[j] for j in neighbours[i]} | {result[i - d] for d in distances if i >= d}
+        result[i] = next(c for c in itertools.count() if c not in taken)
+    return np.asarray(result, int)

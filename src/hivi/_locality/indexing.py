@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from hivi._locality.base import (
     ALL,
     CAP,
+    LIMIT,
+    NOWHERE,
     Along,
     Arr,
     AxisMap,
@@ -17,9 +22,15 @@ from hivi._locality.base import (
     Read,
     Rule,
     Shape,
+    Table,
     Unsupported,
     constant,
+    table,
+    used,
+    values,
 )
+
+_SHARED = 8  # updates of one element that are told apart
 
 
 def _window(axis: int | None, start: Known | None, size: int, length: int, mode: str) -> Entry:
@@ -34,12 +45,20 @@ def _window(axis: int | None, start: Known | None, size: int, length: int, mode:
         return ALL
     entry: Entry = start.entry
     if not start.within(0, length - size) and "DROP" not in mode:
-        if "CLIP" not in mode or not isinstance(entry, Const):
+        found = _clipped(entry, length - size) if "CLIP" in mode else None
+        if found is None:
             return ALL
-        entry = Const(min(max(entry.index, 0), int(length - size)))
+        entry = found
     if isinstance(entry, Const):
         return entry if axis is None else Along(axis, entry.index)
     return entry if size == 1 else ALL
+
+
+def _clipped(entry: Entry, high: int) -> Entry | None:
+    """An index moved inside; None where that is not known."""
+    if isinstance(entry, Const):
+        return Const(min(max(entry.index, 0), int(high)))
+    return table(entry.axes, np.clip(entry.array(), 0, high)) if isinstance(entry, Table) else None
 
 
 def _dynamic_slice(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
@@ -51,19 +70,19 @@ def _dynamic_slice(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -
     return [[Read(0, view, "slice at an unknown index"), *(Read(i + 1, ()) for i in range(len(starts)))]]
 
 
-def _columns(indices: Arr, batch: Sequence[int], count: int) -> tuple[list[AxisMap], list[Known | None]]:
-    """Views and known values of the `count` columns of an index array, along the axes `batch`."""
+def _columns(indices: Arr, batch: Sequence[int], count: int, extent: Shape) -> tuple[list[AxisMap], list[Known | None]]:
+    """Views and known values of the `count` columns of an index array, along the axes `batch` of an array."""
     views: list[AxisMap] = [(*map(Along, batch), Const(j)) for j in range(count)]
     if indices.columns is not None:
-        return views, [c and c.seen(view) for c, view in zip(indices.columns, views, strict=True)]
-    return views, [indices.known and indices.known.seen(view) for view in views]
+        return views, [c and c.seen(view, extent) for c, view in zip(indices.columns, views, strict=True)]
+    return views, [indices.known and indices.known.seen(view, extent) for view in views]
 
 
 def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
     numbers, mode = params["dimension_numbers"], str(params["mode"])
     operand, indices = args
     batch = [d for d in range(len(outs[0])) if d not in numbers.offset_dims]
-    views, columns = _columns(indices, batch, indices.shape[-1])
+    views, columns = _columns(indices, batch, indices.shape[-1], outs[0])
     offsets = map(int, numbers.offset_dims)
     paired = list(numbers.operand_batching_dims)
     indexed = list(numbers.start_index_map)
@@ -127,11 +146,12 @@ def _scatter(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list
     operand, indices, updates = args
     target = _Target(len(updates.shape))
     batch = [u for u in range(len(updates.shape)) if u not in numbers.update_window_dims]
-    _, columns = _columns(indices, batch, indices.shape[-1])
+    _, columns = _columns(indices, batch, indices.shape[-1], updates.shape)
     windows = map(int, numbers.update_window_dims)
     paired = list(numbers.operand_batching_dims)
     indexed = list(numbers.scatter_dims_to_operand_dims)
     index: list[Entry] = [ALL] * len(indices.shape)
+    scattered: dict[int, Entry] = {}
     for d, length in enumerate(operand.shape):
         if d in paired:
             b = numbers.scatter_indices_batching_dims[paired.index(d)]
@@ -141,8 +161,46 @@ def _scatter(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list
         size = 1 if axis is None else updates.shape[axis]
         start = columns[indexed.index(d)] if d in indexed else constant(0)
         target.write(d, length, axis, size, start, mode)
-    written = Read(2, tuple(target.view), "scatter at an unknown index", target.place)
-    return [[Read(0), Read(1, tuple(index), "scatter index"), written]]
+        if axis is None and start and (start.within(0, length - 1) or "DROP" in mode):
+            scattered[d] = start.entry
+    views = _inverses(scattered, updates.shape, operand.shape) or [{}]
+    reads = [tuple(found.get(u, e) for u, e in enumerate(target.view)) for found in views]
+    written = [Read(2, view, "scatter at an unknown index", target.place) for view in reads]
+    return [[Read(0), Read(1, tuple(index), "scatter index"), *written]]
+
+
+def _inverses(written: dict[int, Entry], updates: Shape, operand: Shape) -> list[dict[int, Entry]]:
+    """Where the elements of an operand read the updates that are written at tables of indices.
+
+    Args:
+        written: axis of the operand -> index at which each update is written.
+        updates: shape of the updates.
+        operand: shape of the operand.
+
+    Returns:
+        One view (axis of the updates -> entry) for each of the updates that a single element gets; nothing where there
+        are no tables, or too much to tell.
+    """
+    written = {d: e for d, e in written.items() if not isinstance(e, Const)}
+    axes = sorted({a for e in written.values() for a in used(e)})
+    shape, cells = tuple(updates[a] for a in axes if a >= 0), tuple(operand[d] for d in written)
+    small = math.prod(shape) <= LIMIT and math.prod(cells) <= LIMIT
+    if not any(isinstance(e, Table) for e in written.values()) or axes[0] < 0 or not small:
+        return []
+    found = np.broadcast_arrays(*(values(e, axes, updates) for e in written.values()))
+    inside = np.all([(i >= 0) & (i < n) for i, n in zip(found, cells, strict=True)], axis=0).ravel()
+    cell = np.ravel_multi_index([np.clip(i, 0, n - 1).ravel() for i, n in zip(found, cells, strict=True)], cells)
+    update = np.flatnonzero(inside)[np.argsort(cell[inside], kind="stable")]
+    cell = np.sort(cell[inside])
+    rank = np.arange(len(cell)) - np.searchsorted(cell, cell)
+    if not len(cell) or rank.max() >= _SHARED:
+        return []
+    result = []
+    for r in range(rank.max() + 1):
+        reads = np.full((len(axes), math.prod(cells)), NOWHERE)
+        reads[:, cell[rank == r]] = np.unravel_index(update[rank == r], shape)
+        result.append({a: table(list(written), row.reshape(cells)) for a, row in zip(axes, reads, strict=True)})
+    return result
 
 
 INDEXING: dict[str, Rule] = {

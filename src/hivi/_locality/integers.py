@@ -1,21 +1,63 @@
 """Integers known from their indices, so that indexing by them stays exact.
 
 An integer array whose value is `stride*index + offset` along one axis (an `arange`, a loop counter,
-a constant) is described by the same kind of entry as a latent axis. Such arrays are the indices of
-`z[3]`, `z[idx + 1]`, or `z[t]` in a loop.
+a constant) is described by the same kind of entry as a latent axis, and any other by a table. Such arrays are
+the indices of `z[3]`, `z[idx + 1]`, `z[group]`, or `z[t]` in a loop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.core import Tracer
 
-from hivi._locality.base import ALL, CAP, Along, Arr, AxisMap, Const, Entry, Known, Params, Shape, constant
+from hivi._locality.base import (
+    ALL,
+    CAP,
+    LIMIT,
+    All,
+    Along,
+    Arr,
+    AxisMap,
+    Const,
+    Entry,
+    Known,
+    Params,
+    Shape,
+    Table,
+    constant,
+    table,
+    used,
+    values,
+)
 
 _FIT_LIMIT = 1 << 22  # constants with more elements are not looked at
+
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "rem": lambda a, b: np.fmod(a, np.where(b == 0, 1, b)),
+    "div": lambda a, b: np.sign(a) * np.sign(b) * (abs(a) // np.maximum(abs(b), 1)),
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "neg": np.negative,
+    "sign": np.sign,
+    "select_n": lambda which, *cases: np.choose(which, cases),
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+}
 
 Maybe = Known | None
 
@@ -37,27 +79,14 @@ def fit_columns(value: Any) -> tuple[Maybe, ...] | None:
 
 
 def fit(value: Any) -> Maybe:
-    """Describe a concrete array, or None unless it is an integer array affine in one index."""
+    """Describe a concrete array of integers; None where there are none, or too many."""
     array = _concrete(value)
     if array is None:
         return None
-    first = int(array.flat[0])
     if array.size == 1:
-        return constant(first)
-    steps = []
-    for axis, size in enumerate(array.shape):
-        if size > 1:
-            step = int(array[tuple(int(d == axis) for d in range(array.ndim))]) - first
-            steps += [(axis, step)] if step else []
-    if not steps:
-        return constant(first) if np.all(array == array.flat[0]) else None
-    axis, step = steps[0]
-    shape = [1] * array.ndim
-    shape[axis] = array.shape[axis]
-    line = (first + step * np.arange(array.shape[axis], dtype=np.int64)).reshape(shape)
-    if len(steps) > 1 or not np.all(array == line):
-        return None
-    return along(axis, first, step, array.shape[axis])
+        return constant(int(array.flat[0]))
+    entry = table(range(array.ndim), array)
+    return None if isinstance(entry, All) else Known(entry, int(array.min()), int(array.max()))
 
 
 def along(axis: int, offset: int, stride: int, size: int) -> Known:
@@ -95,6 +124,8 @@ def _mul(a: Known, b: Known) -> Maybe:
     factor, entry = b.entry.index, a.entry
     if isinstance(entry, Const) or not factor:
         return constant(factor * a.low)
+    if isinstance(entry, Table):
+        return None
     low, high = sorted((factor * a.low, factor * a.high))
     return Known(Along(entry.axis, factor * entry.offset, factor * entry.stride), low, high)
 
@@ -149,6 +180,19 @@ def _logical(name: str, args: Sequence[Maybe]) -> Maybe:
     return None if None in values else constant(1 - decisive)
 
 
+def _evaluate(name: str, args: Sequence[Maybe], extent: Shape) -> Maybe:
+    """Value of an elementwise primitive on tables."""
+    known = [a for a in args if a is not None]
+    axes = sorted({axis for a in known for axis in used(a.entry)})
+    if len(known) < len(args) or name not in _NUMPY or math.prod(extent[axis] for axis in axes) > LIMIT:
+        return None
+    if name == "select_n" and not known[0].within(0, len(args) - 2):
+        return None
+    found = np.asarray(_NUMPY[name](*(values(a.entry, axes, extent) for a in known)), np.int64)
+    entry = table(axes, found)
+    return None if isinstance(entry, All) else Known(entry, int(found.min()), int(found.max()))
+
+
 def _choose(name: str, args: Sequence[Maybe]) -> Maybe:
     """select_n and clamp."""
     first, *rest = args
@@ -163,11 +207,11 @@ def _choose(name: str, args: Sequence[Maybe]) -> Maybe:
     return raised and _min(raised, top)
 
 
-FOLDED = frozenset(_BINARY) | {"and", "or", "not", "select_n", "clamp", "neg", "convert_element_type"}
+FOLDED = frozenset(_BINARY) | frozenset(_NUMPY) | {"convert_element_type"}
 """Elementwise primitives through which known integers are followed."""
 
 
-def fold(name: str, args: Sequence[Maybe], dtype: np.dtype) -> Maybe:
+def fold(name: str, args: Sequence[Maybe], dtype: np.dtype, extent: Shape) -> Maybe:
     """Value of an elementwise primitive of `FOLDED`; its operands are already seen along the output."""
     result: Maybe = None
     if name in ("and", "or", "not"):
@@ -180,8 +224,10 @@ def fold(name: str, args: Sequence[Maybe], dtype: np.dtype) -> Maybe:
         result = _mul(a, constant(-1))
     elif name == "convert_element_type":
         result = a
-    elif (b := args[1]) is not None:
+    elif name in _BINARY and (b := args[1]) is not None:
         result = _BINARY[name](a, b)
+    bitwise = name in ("and", "or", "not") and dtype != np.bool_
+    result = result or (None if bitwise else _evaluate(name, args, extent))
     if result is None:
         return None
     info = (0, 1) if dtype == np.bool_ else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
@@ -202,5 +248,5 @@ def side_by_side(name: str, params: Params, args: Sequence[Arr], shape: Shape) -
     for a in args:
         rest: list[Entry] = [Along(d) for d in range(len(shape) - 1)]
         views: list[AxisMap] = [(*rest, Const(j)) for j in range(a.shape[-1])]
-        found += a.columns or [a.known and a.known.seen(view) for view in views]
+        found += a.columns or [a.known and a.known.seen(view, shape) for view in views]
     return tuple(found)

@@ -21,8 +21,12 @@ from hivi._locality.base import (
     Read,
     Scope,
     Shape,
+    Table,
     Unsupported,
+    reindex,
+    table,
     total,
+    used,
 )
 
 _PATIENCE = 8  # passes over a loop body before the maps of its carry are joined
@@ -38,7 +42,7 @@ class Walker(Protocol):
 
     sizes: dict[str, Shape]
     losses: dict[Loss, None]
-    depth: int
+    loops: Shape
 
     def call(self, jaxpr: Any, args: Sequence[Arr]) -> list[Arr]:
         """Interpret a nested jaxpr."""
@@ -95,11 +99,11 @@ def scan(walker: Walker, params: Params, args: Sequence[Arr]) -> list[Arr]:
     length, jaxpr = params["length"], params["jaxpr"]
     start = params["num_consts"] + params["num_carry"]
     consts, init, xs = args[: params["num_consts"]], args[params["num_consts"] : start], args[start:]
-    walker.depth += 1
+    walker.loops = (length, *walker.loops)
     try:
         return _Scan(walker, jaxpr, length, params["reverse"]).run(consts, init, xs)
     finally:
-        walker.depth -= 1
+        walker.loops = walker.loops[1:]
 
 
 def _settle(walker: Walker, name: str, args: Sequence[Arr], start: list[Scope], step: Step) -> list[Scope]:
@@ -151,7 +155,7 @@ class _Scan:
     """One scan. Its carry enters a step shifted: what the step before called `t` is `t - 1` here."""
 
     def __init__(self, walker: Walker, jaxpr: Any, length: int, reverse: bool) -> None:
-        self.walker, self.jaxpr, self.length, self.loop = walker, jaxpr, length, -walker.depth
+        self.walker, self.jaxpr, self.length, self.loop = walker, jaxpr, length, -len(walker.loops)
         self.sign = -1 if reverse else 1
         self.first, self.last = (length - 1, 0) if reverse else (0, length - 1)
 
@@ -179,29 +183,24 @@ class _Scan:
         """One step of what is scanned over."""
         view = (Along(self.loop), *(Along(d) for d in range(len(x.shape) - 1)))
         scope = self.walker.scope("scan", [Read(0, view)], [x], x.shape[1:])
-        return Arr(x.shape[1:], scope, x.known and x.known.seen(view))
+        return Arr(x.shape[1:], scope, x.known and x.known.seen(view, x.shape[1:] + self.walker.loops))
 
     def _relabel(self, scope: Scope, change: Callable[[Entry], Entry], shape: Shape) -> Scope:
         changed = {site: {tuple(map(change, m)) for m in maps} for site, maps in scope.items()}
         return self.walker.merged("scan", changed, shape)
 
     def _at(self, step: int) -> Callable[[Entry], Entry]:
-        def change(e: Entry) -> Entry:
-            if isinstance(e, Along) and e.axis == self.loop:
-                return Const(e.offset + e.stride * step)
-            return e
-
-        return change
+        return lambda e: reindex(e, {self.loop: Const(step)}, self.walker.loops)
 
     def _shifted(self, e: Entry) -> Entry:
-        if isinstance(e, Along) and e.axis == self.loop:
-            return Along(e.axis, e.offset - self.sign * e.stride, e.stride)
-        return e
+        return reindex(e, {self.loop: Along(self.loop, -self.sign)}, self.walker.loops)
 
     def _stacked(self, e: Entry) -> Entry:
-        if isinstance(e, Along) and (e.axis == self.loop or e.axis >= 0):
-            return Along(0 if e.axis == self.loop else e.axis + 1, e.offset, e.stride)
-        return e
+        move = {a: Along(0 if a == self.loop else a + 1) for a in used(e) if a == self.loop or a >= 0}
+        if isinstance(e, Table):
+            sizes = dict(zip(e.axes, e.shape, strict=True))
+            return table([move[a].axis if a in move else a for a in sizes], e.array())
+        return reindex(e, move, ())
 
     def _next(self, init: Arr, out: Arr) -> Scope:
         """Scope of the carry at any step: the initial one at the first, else that of the step before."""

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable, Sequence
 
-from hivi._locality.base import ALL, CAP, Along, AxisMap, Const, Entry, Maps, Scope, Shape, compose
+import numpy as np
+
+from hivi._locality.base import (
+    ALL,
+    CAP,
+    LIMIT,
+    Along,
+    AxisMap,
+    Const,
+    Entry,
+    Maps,
+    Scope,
+    Shape,
+    Table,
+    reindex,
+    used,
+    values,
+)
 
 Place = tuple[int, Const | Along]
 
 
-def _disjoint(a: AxisMap, b: AxisMap) -> bool:
+def _disjoint(a: AxisMap, b: AxisMap, extent: Shape) -> bool:
     """Whether no coordinate can reach the same element through both maps."""
-    return any(_apart(x, y) for x, y in zip(a, b, strict=True))
+    pairs = list(zip(a, b, strict=True))
+    if any(_apart(x, y) for x, y in pairs):
+        return True
+    if not any(isinstance(e, Table) for e in (*a, *b)) and not any(_mixed(x, y) for x, y in pairs):
+        return False
+    pairs = [(x, y) for x, y in pairs if x != y and ALL not in (x, y)]
+    axes = sorted({axis for pair in pairs for e in pair for axis in used(e)})
+    if not pairs or math.prod(extent[axis] for axis in axes) > LIMIT:
+        return False
+    found = [(values(x, axes, extent), values(y, axes, extent)) for x, y in pairs]
+    return bool(np.all(functools.reduce(np.logical_or, [(x != y) | (x < 0) | (y < 0) for x, y in found])))
 
 
 def _apart(x: Entry, y: Entry) -> bool:
@@ -20,6 +49,10 @@ def _apart(x: Entry, y: Entry) -> bool:
     if isinstance(x, Along) and isinstance(y, Along):
         return (x.axis, x.stride) == (y.axis, y.stride) and x.offset != y.offset
     return False
+
+
+def _mixed(x: Entry, y: Entry) -> bool:
+    return {type(x), type(y)} == {Const, Along}
 
 
 def join(maps: Iterable[AxisMap]) -> AxisMap:
@@ -31,6 +64,9 @@ def _hits(entry: Entry, shape: Shape, size: int) -> bool:
     """Whether the entry reaches any index of a latent axis of this size."""
     if isinstance(entry, Const):
         return 0 <= entry.index < size
+    if isinstance(entry, Table):
+        found = entry.array()
+        return bool(np.any((found >= 0) & (found < size)))
     if isinstance(entry, Along) and entry.axis >= 0:
         ends = entry.offset, entry.offset + entry.stride * (shape[entry.axis] - 1)
         return max(ends) >= 0 and min(ends) < size
@@ -49,18 +85,17 @@ def reachable(scope: Scope, shape: Shape, sizes: dict[str, Shape]) -> Scope:
     return kept
 
 
-def merge(maps: set[AxisMap], shape: Shape, size: Shape) -> tuple[Maps, str]:
+def merge(maps: set[AxisMap], extent: Shape, size: Shape) -> tuple[Maps, str]:
     """Maps of a set made pairwise disjoint by joining, and what was lost by it (or "")."""
     if len(maps) == 1:
         return frozenset(maps), ""
-    point = tuple(Const(0) if n == 1 else Along(d) for d, n in enumerate(shape))  # one way to write size-1 axes
-    plain = {tuple(compose(e, point) for e in m) for m in maps}
+    plain = {tuple(_plain(e, extent) for e in m) for m in maps}
     result: list[AxisMap] = []
     reason = ""
-    for m in sorted(plain):
-        if not all(_hits(e, shape, n) for e, n in zip(m, size, strict=True)):
+    for m in sorted(plain, key=_order):
+        if not all(_hits(e, extent, n) for e, n in zip(m, size, strict=True)):
             continue
-        while clash := next((r for r in result if not _disjoint(r, m)), None):
+        while clash := next((r for r in result if not _disjoint(r, m, extent)), None):
             result.remove(clash)
             joined = join((clash, m))
             reason = reason if joined in (clash, m) else "one coordinate is used at several places"
@@ -71,7 +106,16 @@ def merge(maps: set[AxisMap], shape: Shape, size: Shape) -> tuple[Maps, str]:
     return frozenset(result), reason
 
 
-def _placed(m: AxisMap, place: Place, fixed: Sequence[bool]) -> AxisMap:
+def _plain(e: Entry, extent: Shape) -> Entry:
+    """One way to write size-1 axes."""
+    return Const(e.offset) if isinstance(e, Along) and e.axis >= 0 and extent[e.axis] == 1 else e
+
+
+def _order(m: AxisMap) -> list[tuple[str, Entry]]:
+    return [(type(e).__name__, e) for e in m]
+
+
+def _placed(m: AxisMap, place: Place, fixed: Sequence[bool], extent: Shape) -> AxisMap:
     """The same dependence of elements that lie at one index of an output axis, said by their index."""
     axis, where = place
     entries: list[Entry] = []
@@ -80,21 +124,21 @@ def _placed(m: AxisMap, place: Place, fixed: Sequence[bool]) -> AxisMap:
             e = Along(axis, e.index - where.index)
         elif isinstance(where, Const) and not stay and isinstance(e, Along) and e.axis == axis:
             e = Along(axis, e.offset + (e.stride - 1) * where.index)
-        elif isinstance(where, Along) and isinstance(e, Along) and e.axis == where.axis:
+        elif isinstance(where, Along):
             # index = offset + stride*step with stride +-1, solved for the step of the loop
-            e = Along(axis, e.offset - e.stride * where.stride * where.offset, e.stride * where.stride)
+            e = reindex(e, {where.axis: Along(axis, -where.stride * where.offset, where.stride)}, extent)
         entries.append(e)
     return tuple(entries)
 
 
-def merge_reads(found: list[tuple[AxisMap, Place | None]], shape: Shape, size: Shape) -> tuple[Maps, str]:
+def merge_reads(found: list[tuple[AxisMap, Place | None]], extent: Shape, size: Shape) -> tuple[Maps, str]:
     """Merge the maps of all reads, in the better of two spellings for those that are placed."""
     raw = {m for m, _ in found}
     looped = any(place and isinstance(place[1], Along) for _, place in found)
-    plain = merge(raw, shape, size)
+    plain = merge(raw, extent, size)
     if not any(place for _, place in found) or (len(raw) == 1 and not looped):
         return plain
     fixed = [all(e == column[0] for e in column) for column in zip(*raw, strict=True)]
-    placed = merge({_placed(m, place, fixed) if place else m for m, place in found}, shape, size)
+    placed = merge({_placed(m, place, fixed, extent) if place else m for m, place in found}, extent, size)
     choices = [placed, plain] if looped else [plain, placed]  # a loop's array is written step by step
     return min(choices, key=lambda choice: (max((m.count(ALL) for m in choice[0]), default=0), len(choice[0])))

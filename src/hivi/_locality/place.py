@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
-from hivi._locality.base import All, Along, AxisMap, Const, Factor
+from hivi._locality.base import All, Along, AxisMap, Const, Entry, Factor, Table, used, values
 
 
 def place(array: Array, factor: Factor, site: str, shape: tuple[int, ...]) -> Array:
@@ -27,10 +30,12 @@ def place(array: Array, factor: Factor, site: str, shape: tuple[int, ...]) -> Ar
 
 
 def _place_map(array: Array, axis_map: AxisMap, shape: tuple[int, ...]) -> Array:
-    used = {e.axis for e in axis_map if isinstance(e, Along)}
-    reduced = jnp.sum(array, axis=tuple(k for k in range(array.ndim) if k not in used))
-    order = sorted(used)
-    if len(used) < sum(isinstance(e, Along) for e in axis_map):
+    if any(isinstance(e, Table) for e in axis_map):
+        return _place_table(array, axis_map, shape)
+    axes = {e.axis for e in axis_map if isinstance(e, Along)}
+    reduced = jnp.sum(array, axis=tuple(k for k in range(array.ndim) if k not in axes))
+    order = sorted(axes)
+    if len(axes) < sum(isinstance(e, Along) for e in axis_map):
         return _place_diagonal(array, axis_map, shape)
     # Axes of `reduced` in the order of the latent's axes, the others inserted with length 1.
     reduced = jnp.transpose(reduced, [order.index(e.axis) for e in axis_map if isinstance(e, Along)])
@@ -42,34 +47,34 @@ def _place_map(array: Array, axis_map: AxisMap, shape: tuple[int, ...]) -> Array
     return jnp.broadcast_to(reduced, shape)
 
 
-def _spread(values: Array, axis: int, entry: All | Along | Const, size: int) -> Array:
-    """Move values along one axis to the latent's own indices; indices that nothing reaches get zero."""
-    if isinstance(entry, All):
-        return values
+def _spread(found: Array, axis: int, entry: Entry, size: int) -> Array:
+    """Move found along one axis to the latent's own indices; indices that nothing reaches get zero."""
+    if isinstance(entry, All | Table):
+        return found
     if isinstance(entry, Const):
-        index = [slice(None)] * values.ndim
+        index = [slice(None)] * found.ndim
         index[axis] = slice(entry.index, entry.index + 1)
-        target = list(values.shape)
+        target = list(found.shape)
         target[axis] = size
-        return jnp.zeros(target, values.dtype).at[tuple(index)].set(values)
-    if (entry.offset, entry.stride, values.shape[axis]) == (0, 1, size):
-        return values
+        return jnp.zeros(target, found.dtype).at[tuple(index)].set(found)
+    if (entry.offset, entry.stride, found.shape[axis]) == (0, 1, size):
+        return found
     if entry.stride < 0:
-        values = jnp.flip(values, axis)
-    length, stride = values.shape[axis], abs(entry.stride)
+        found = jnp.flip(found, axis)
+    length, stride = found.shape[axis], abs(entry.stride)
     first = entry.offset if entry.stride > 0 else entry.offset + entry.stride * (length - 1)
     if entry.stride == 0:
-        return _spread(jnp.sum(values, axis, keepdims=True), axis, Const(entry.offset), size)
+        return _spread(jnp.sum(found, axis, keepdims=True), axis, Const(entry.offset), size)
     low = max(0, -(first // stride)) if first < 0 else 0
     high = min(length, (size - 1 - first) // stride + 1)
-    index = [slice(None)] * values.ndim
+    index = [slice(None)] * found.ndim
     index[axis] = slice(low, high)
-    kept = values[tuple(index)]
-    target = list(values.shape)
+    kept = found[tuple(index)]
+    target = list(found.shape)
     target[axis] = size
-    where = [slice(None)] * values.ndim
+    where = [slice(None)] * found.ndim
     where[axis] = slice(first + low * stride, first + (high - 1) * stride + 1, stride)
-    return jnp.zeros(target, values.dtype).at[tuple(where)].set(kept)
+    return jnp.zeros(target, found.dtype).at[tuple(where)].set(kept)
 
 
 def _place_diagonal(array: Array, axis_map: AxisMap, shape: tuple[int, ...]) -> Array:
@@ -88,3 +93,16 @@ def _place_diagonal(array: Array, axis_map: AxisMap, shape: tuple[int, ...]) -> 
         if isinstance(entry, All):
             out = jnp.broadcast_to(jnp.take(out, jnp.array([0]), axis=axis), out.shape)
     return out
+
+
+def _place_table(array: Array, axis_map: AxisMap, shape: tuple[int, ...]) -> Array:
+    """Latent indices from tables: sum over the axes that no entry needs, then scatter by constant indices."""
+    axes = sorted({a for e in axis_map for a in used(e)})
+    reduced = jnp.sum(array, axis=tuple(k for k in range(array.ndim) if k not in axes))
+    pairs = [(e, n) for e, n in zip(axis_map, shape, strict=True) if not isinstance(e, All)]
+    index = [values(e, axes, array.shape) for e, _ in pairs]
+    valid = functools.reduce(np.logical_and, [(i >= 0) & (i < n) for i, (_, n) in zip(index, pairs, strict=True)])
+    clipped = [np.clip(i, 0, n - 1).astype(np.int32) for i, (_, n) in zip(index, pairs, strict=True)]
+    out = jnp.zeros([n for _, n in pairs], array.dtype)
+    out = out.at[tuple(np.broadcast_to(i, reduced.shape) for i in clipped)].add(jnp.where(valid, reduced, 0))
+    return jnp.broadcast_to(jnp.expand_dims(out, [k for k, e in enumerate(axis_map) if isinstance(e, All)]), shape)

@@ -11,7 +11,24 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from hivi._locality.base import ALL, CAP, Along, Arr, AxisMap, Const, Entry, Params, Read, Rule, Shape, Unsupported
+import numpy as np
+
+from hivi._locality.base import (
+    ALL,
+    CAP,
+    LIMIT,
+    Along,
+    Arr,
+    AxisMap,
+    Const,
+    Entry,
+    Params,
+    Read,
+    Rule,
+    Shape,
+    Unsupported,
+    table,
+)
 
 
 def spread(shape: Shape, out: Shape) -> AxisMap | None:
@@ -87,23 +104,28 @@ def _rev(params: Params, shape: Shape, out: Shape) -> list[Entry]:
 
 
 def _reshape(params: Params, shape: Shape, out: Shape) -> list[Entry]:
-    """Axes that keep their size and their place among the others stay; merged and split ones widen."""
+    """Axes that keep their size and their place among the others stay; merged and split ones are tables."""
     if params.get("dimensions") is not None:
         raise Unsupported
     view: list[Entry] = [Const(0) if n == 1 else ALL for n in shape]
     old = [d for d, n in enumerate(shape) if n != 1]
     new = [d for d, n in enumerate(out) if n != 1]
     while old and new and 0 not in shape:
-        a, b = old.pop(0), new.pop(0)
-        if shape[a] == out[b]:
-            view[a] = Along(b)
-            continue
-        left, right = shape[a], out[b]
-        while left != right:  # step over the smallest group of axes with equal products
+        a, b = [old.pop(0)], [new.pop(0)]
+        left, right = shape[a[0]], out[b[0]]
+        while left != right:  # the smallest group of axes with equal products
             if left < right:
-                left *= shape[old.pop(0)]
+                a.append(old.pop(0))
+                left *= shape[a[-1]]
             else:
-                right *= out[new.pop(0)]
+                b.append(new.pop(0))
+                right *= out[b[-1]]
+        if len(a) == len(b) == 1:
+            view[a[0]] = Along(b[0])
+        elif left <= LIMIT:
+            cells = np.unravel_index(np.arange(left), [shape[d] for d in a])
+            for d, cell in zip(a, cells, strict=True):
+                view[d] = table(b, cell.reshape([out[d] for d in b]))
     return view
 
 
@@ -169,12 +191,23 @@ def _dot_general(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> 
 
 
 def _convolution(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
-    numbers = params["dimension_numbers"]
+    """Every element reads the places of a window, as long as these are few."""
+    numbers, image, kernel = params["dimension_numbers"], args[0].shape, args[1].shape
     if params["batch_group_count"] != 1:
         raise Unsupported
-    image: list[Entry] = [ALL] * len(args[0].shape)
-    image[numbers.lhs_spec[0]] = Along(numbers.out_spec[0])
-    return [[Read(0, tuple(image), "convolution"), Read(1, (ALL,) * len(args[1].shape), "convolution")]]
+    view: list[Entry] = [ALL] * len(image)
+    view[numbers.lhs_spec[0]] = Along(numbers.out_spec[0])
+    sizes = [kernel[d] for d in numbers.rhs_spec[2:]]
+    narrow = math.prod(sizes) <= CAP and all(n == 1 for n in params["lhs_dilation"])
+    places = itertools.product(*(range(n) for n in sizes)) if narrow else [()]
+    reads = []
+    for place in places:
+        window = list(view)
+        for k, tap in enumerate(place):
+            d, low, step = numbers.lhs_spec[2 + k], params["padding"][k][0], params["rhs_dilation"][k]
+            window[d] = Along(numbers.out_spec[2 + k], tap * step - low, params["window_strides"][k])
+        reads.append(Read(0, tuple(window), "convolution"))
+    return [[*reads, Read(1, (ALL,) * len(kernel), "convolution")]]
 
 
 def _concatenate(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
@@ -215,13 +248,11 @@ def _tile(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[li
     shape, reps = args[0].shape, params["reps"]
     if len(reps) != len(shape):
         raise Unsupported
-    if math.prod(r for r, n in zip(reps, shape, strict=True) if n > 1) > CAP:
-        view: AxisMap = tuple(Along(d) if r == 1 else ALL for d, r in enumerate(reps))
-        return [[Read(0, view, "tile")]]
-    axes: list[list[Entry]] = []
-    for d, (r, n) in enumerate(zip(reps, shape, strict=True)):
-        axes.append([Along(d, -k * n) for k in range(r)] if n > 1 or r == 1 else [Const(0)])
-    return [[Read(0, view) for view in itertools.product(*axes)]]
+    view = [
+        Along(d) if r == 1 else table([d], np.arange(r * n) % n)
+        for d, (r, n) in enumerate(zip(reps, shape, strict=True))
+    ]
+    return [[Read(0, tuple(view), "tile")]]
 
 
 def _pad(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:

@@ -275,6 +275,8 @@ def _entry(entry: Any) -> str:
         return "*"
     if kind == "Const":
         return str(entry.index)
+    if kind == "Table":
+        return f"table[{', '.join('ijklmnop'[a] for a in entry.axes)}]"
     letter = "ijklmnop"[entry.axis]
     stride = "" if entry.stride == 1 else f"{entry.stride}"
     return f"{stride}{letter}{entry.offset:+d}" if entry.offset else f"{stride}{letter}"
