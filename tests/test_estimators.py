@@ -303,3 +303,61 @@ def test_refusals_name_the_site_and_the_reason():
         )  # fmt: skip
     with pytest.raises(FitError, match=r"'z'.*between the site's values"):
         hivi.fit(TARGETS["pair"](), hivi.MeanField(), key=key, estimator=hivi.DoubleControlVariates(), progress=False)
+
+
+# Stick the landing
+
+LANDING = ["mean-field", "full-rank", "flow planar", "flow coupling", "flow maf", "mixture"]
+
+
+def pathwise_pairs(
+    target: hivi.Target, proposal: Any, names: tuple[str, ...], draws: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of many draws, pathwise and landing, of the same noise."""
+    params, static = eqx.partition(proposal, eqx.is_inexact_array)
+
+    def one(key: Array, strategy: Any) -> Array:
+        chosen = {s.name: strategy if s.name in names else hivi.Pathwise() for s in target.sites}
+
+        def value(p: Any) -> Array:
+            return surrogate(eqx.combine(p, static), target, chosen, hivi.Elbo(), key, 1)[0]
+
+        return flat(jax.grad(value)(params))
+
+    keys = jax.random.split(jax.random.key(7), draws)
+    both = (quick(jax.vmap(lambda k, s=s: one(k, s)))(keys) for s in (hivi.Pathwise(), hivi.StickTheLanding()))
+    a, b = (np.asarray(x, float) for x in both)
+    return a, b
+
+
+@pytest.mark.parametrize("family", LANDING)
+def test_landing_leaves_out_only_what_has_mean_zero(family):
+    target = TARGETS["normal"]()
+    proposal = built(family, target)
+    if family != "mixture":  # as wide as the target: the score of a narrow q is large
+        proposal = proposal.recentre(jnp.array([0.3, -0.2]), jnp.array([0.9, 1.2]))
+    plain, landed = pathwise_pairs(target, proposal, ("x",), 20_000)
+    error = plain - landed
+    stderr = error.std(0, ddof=1) / np.sqrt(len(error))
+    assert np.linalg.norm(stderr) < 0.05 * np.linalg.norm(plain.mean(0)), "not precise enough to judge"
+    assert (np.abs(error.mean(0)) < 4.5 * stderr + 1e-5).all()
+    assert np.abs(error).max() > 1e-3, "nothing was left out"
+
+
+def test_landing_has_no_noise_at_the_posterior():
+    """Where q is the posterior every draw's gradient is zero."""
+    target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, {"x": hivi.Latent()})
+    proposal = eqx.tree_at(lambda p: p.lam, built("mean-field", target), {"x": jnp.array([0.0, 0.0])})
+    plain, landed = pathwise_pairs(target, proposal, ("x",), 200)
+    assert np.abs(landed).max() < 1e-6
+    assert plain.std(0).max() > 0.5
+
+
+def test_landing_refuses_what_would_be_biased():
+    key, target = jax.random.key(0), TARGETS["normal"]()
+    options: dict[str, Any] = {"key": key, "estimator": hivi.StickTheLanding(), "progress": False}
+    with pytest.raises(FitError, match=r"'x'.*linear in the log-weights"):
+        hivi.fit(target, hivi.MeanField(), bound=hivi.ImportanceWeighted(outer=2), **options)
+    for family in (hivi.Hierarchical(), hivi.Flow(layers=1, kind="spline")):
+        with pytest.raises(FitError, match=r"'x'.*no exact density"):
+            hivi.fit(target, family, **options)

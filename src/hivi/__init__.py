@@ -13,6 +13,7 @@ from hivi._estimators.leave_one_out import LeaveOneOut
 from hivi._estimators.moving_average import MovingAverage
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
+from hivi._estimators.sticking import StickTheLanding
 from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.flow import Flow
@@ -67,6 +68,7 @@ __all__ = [
     "Pathwise",
     "Score",
     "SemiImplicit",
+    "StickTheLanding",
     "Target",
     "TargetError",
     "curvature",

@@ -25,6 +25,11 @@ def value_zero(x: Array) -> Array:
     return x - jax.lax.stop_gradient(x)
 
 
+def held(tree: PyTree) -> PyTree:
+    """The same values without a gradient; what is not an array of numbers stays as it is."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree)
+
+
 def finite(tree: PyTree) -> Array:
     """Whether every floating-point leaf is finite; a boolean scalar."""
     leaves = [x for x in jax.tree.leaves(tree) if eqx.is_inexact_array(x)]

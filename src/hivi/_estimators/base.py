@@ -130,6 +130,7 @@ class AbstractStrategy(eqx.Module):
 
     detached: eqx.AbstractClassVar[bool]
     closed: ClassVar[bool] = False
+    landing: ClassVar[bool] = False
 
     @property
     def remembers(self) -> bool:
@@ -144,8 +145,8 @@ class AbstractStrategy(eqx.Module):
         """What it remembers after a step; leading axes of `measured`: (samples, outer, branches)."""
         return memory
 
-    def unsuited(self, proposal: AbstractProposal, linear: bool) -> str | None:
-        """Why it cannot serve under this family and bound (linear in the log-weights or not), or None if it can."""
+    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
+        """Why it cannot serve a site under this family and bound (linear in the log-weights or not), or None if it can."""
         return None
 
     @abc.abstractmethod
@@ -246,7 +247,7 @@ class Fixed(AbstractEstimator):
             wanted = {s.name: self.strategies for s in target.sites if s.discrete or not self._reason(s, conditionals)}
         for name, strategy in wanted.items():
             reason = strategy.refusal(target.site(name), conditionals.get(name))
-            reason = reason or strategy.unsuited(proposal, bound.linear(proposal.branches))
+            reason = reason or strategy.unsuited(target.site(name), proposal, bound.linear(proposal.branches))
             if reason is None and strategy.closed and name not in target.closed:
                 reason = "the target does not say that log p meets this site through its means alone"
             if reason:

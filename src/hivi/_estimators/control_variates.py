@@ -45,7 +45,7 @@ class DoubleControlVariates(AbstractStrategy):
             return "its coordinates are not independent given the family's context"
         return None if site.discrete else "it is continuous"
 
-    def unsuited(self, proposal: AbstractProposal, linear: bool) -> str | None:
+    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
         return (
             None if linear else "its correction has a closed form only under a bound that is linear in the log-weight"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,7 +17,7 @@ from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
 from hivi._space import Latents
 from hivi._target.base import Rows, Target
-from hivi._tree import Key, PyTree, value_zero
+from hivi._tree import Key, PyTree, held, value_zero
 
 Strategies = Mapping[str, AbstractStrategy]
 
@@ -140,17 +139,19 @@ def _draw(
     p_terms = viewed_terms(target, views, rows)
     log_p = target.factored.total(p_terms)
     scales = proposal.scales()
+    landing = frozenset(n for n, s in strategies.items() if s.landing)
+    landed = proposal.landed(z, context, landing) if landing else {}
     if not detached:
-        terms = proposal.log_q(z, context, k_inner, inner)
+        terms = {**proposal.log_q(z, context, k_inner, inner), **landed}
         total = sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
         return log_p - total, {}, jnp.zeros(())
 
     def log_q(free: Mapping[str, Array]) -> dict[str, Array]:
-        return proposal.log_q({**z, **free}, context, k_inner, inner)
+        return {**proposal.log_q({**z, **free}, context, k_inner, inner), **landed}
 
     factored = factorise(log_q, detached, scales=scales)
     q_terms = factored.terms(detached)
-    fixed = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, factored)
+    fixed = held(factored)
     stop = jax.lax.stop_gradient
     here = stop(z)
     evaluation = Evaluation(

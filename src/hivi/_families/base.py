@@ -60,6 +60,17 @@ class AbstractProposal(eqx.Module):
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         """Log of an unbiased estimate of the density q(z) at any z; exact where the family has it."""
 
+    def landable(self, site: str) -> bool:
+        """Whether `landed` can serve a site: exact densities of continuous sites."""
+        return False
+
+    def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
+        """The terms of `log_q` of the groups of these sites with all parameters held fixed, under the same names.
+
+        Only the draw carries gradients: the score, of mean zero, is left out (Roeder, Wu & Duvenaud 2017).
+        """
+        return {}
+
     def conditionals(self, context: PyTree) -> dict[str, Conditional]:
         """q(z_i | lambda_i) of every site whose coordinates are independent given the context."""
         return {}

@@ -14,7 +14,7 @@ from numpyro.distributions import Normal
 from hivi._bijections import backward, forward, near_identity, stretched
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
 from hivi._space import Latents, Site
-from hivi._tree import Key, PyTree
+from hivi._tree import Key, PyTree, held
 
 
 class Flow(AbstractFamily):
@@ -41,7 +41,7 @@ class Flow(AbstractFamily):
         k1, k2 = jax.random.split(key)
         bijection = near_identity(self.kind, dim, self.layers, k1)
         location = 0.01 * jax.random.normal(k2, (dim,))
-        return FlowProposal(sites, location, jnp.full(dim, jnp.log(self.scale)), bijection)
+        return FlowProposal(sites, location, jnp.full(dim, jnp.log(self.scale)), bijection, self.kind)
 
 
 class FlowProposal(AbstractProposal):
@@ -51,6 +51,7 @@ class FlowProposal(AbstractProposal):
     location: Float[Array, " dim"]
     log_scale: Float[Array, " dim"]
     bijection: AbstractBijection
+    kind: str = eqx.field(static=True)
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         base = jax.random.normal(key, self.location.shape)
@@ -60,6 +61,14 @@ class FlowProposal(AbstractProposal):
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         base, log_det = context
         return {"q(base)": Normal(0.0, 1.0).log_prob(base), "q(log det)": -log_det}
+
+    def landable(self, site: str) -> bool:
+        # The derivative of a spline's inverse is too noisy in single precision.
+        return self.kind != "spline" and any(s.name == site for s in self.sites)
+
+    def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
+        point = held(self).coordinates(z, None)
+        return {"q(base)": Normal(0.0, 1.0).log_prob(point.base), "q(log det)": point.log_det}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         point = self.coordinates(z, None)
@@ -85,11 +94,11 @@ class FlowProposal(AbstractProposal):
         return self.location, jnp.exp(self.log_scale)
 
     def recentre(self, location: Array, scale: Array) -> FlowProposal:
-        return FlowProposal(self.sites, location, jnp.log(scale), self.bijection)
+        return FlowProposal(self.sites, location, jnp.log(scale), self.bijection, self.kind)
 
     def stretch(self, extra: Array) -> FlowProposal:
         bijection = stretched(self.bijection, extra * jnp.exp(-self.log_scale))
-        return FlowProposal(self.sites, self.location, self.log_scale, bijection)
+        return FlowProposal(self.sites, self.location, self.log_scale, bijection, self.kind)
 
     def centres(self) -> PyTree:
         rest = jax.tree.map(lambda _: False, self)
@@ -99,4 +108,4 @@ class FlowProposal(AbstractProposal):
         return eqx.tree_at(lambda p: p.location, jax.tree.map(lambda _: "free", self), "natural")
 
     def precondition(self, rule: Callable[[Array], Array]) -> FlowProposal:
-        return FlowProposal(self.sites, rule(self.location), self.log_scale, self.bijection)
+        return FlowProposal(self.sites, rule(self.location), self.log_scale, self.bijection, self.kind)

@@ -10,7 +10,7 @@ from numpyro.distributions import Normal
 
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
 from hivi._space import Latents, Site
-from hivi._tree import Key, PyTree
+from hivi._tree import Key, PyTree, held
 
 
 class FullRank(AbstractFamily):
@@ -61,6 +61,13 @@ class FullRankProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         return {"q(base)": Normal(0.0, 1.0).log_prob(context), "q(log det)": -self.log_diagonal}
+
+    def landable(self, site: str) -> bool:
+        return any(s.name == site for s in self.sites)
+
+    def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
+        point = held(self).coordinates(z, None)
+        return {"q(base)": Normal(0.0, 1.0).log_prob(point.base), "q(log det)": point.log_det}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         point = self.coordinates(z, None)

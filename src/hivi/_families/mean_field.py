@@ -61,6 +61,13 @@ class MeanFieldProposal(AbstractProposal):
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         return {f"q({s.name})": likelihood(s).log_prob(context[s.name], z[s.name]) for s in self.sites}
 
+    def landable(self, site: str) -> bool:
+        return any(s.name == site and not s.discrete for s in self.sites)
+
+    def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
+        fixed = jax.lax.stop_gradient(context)
+        return {n: t for n, t in self.log_q(z, fixed, jax.random.key(0)).items() if n[2:-1] in sites}
+
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         return sum((jnp.sum(t) for t in self.log_q(z, self.lam, key).values()), jnp.zeros(()))
 

@@ -12,7 +12,7 @@ from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of
 from hivi._likelihood import NormalLikelihood, likelihood
 from hivi._space import Latents, Site
-from hivi._tree import Key, PyTree
+from hivi._tree import Key, PyTree, held
 
 
 class Mixture(AbstractFamily):
@@ -67,6 +67,12 @@ class MixtureProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         return {"q": self.log_density(z, key)}
+
+    def landable(self, site: str) -> bool:
+        return not any(s.discrete for s in self.sites) and any(s.name == site for s in self.sites)
+
+    def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
+        return {"q": held(self).log_density(z, jax.random.key(0))}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         per_component = jnp.zeros(self.branches)

@@ -273,6 +273,17 @@ class ProductProposal(AbstractProposal):
             terms |= {f"{name}#{number}": value for name, value in p.log_q(own, c, k, inner).items()}
         return terms
 
+    def landable(self, site: str) -> bool:
+        return any(p.landable(site) for p in self.parts)
+
+    def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
+        terms: dict[str, Array] = {}
+        for number, (p, c) in enumerate(zip(self.parts, context, strict=True)):
+            own = {s.name: z[s.name] for s in p.sites}
+            if any(p.landable(n) for n in sites & own.keys()):
+                terms |= {f"{name}#{number}": value for name, value in p.landed(own, c, sites).items()}
+        return terms
+
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         keys = jax.random.split(key, len(self.parts))
         own = [{s.name: z[s.name] for s in p.sites} for p in self.parts]
