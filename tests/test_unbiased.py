@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -94,16 +94,20 @@ class Means(NamedTuple):
     found: tuple[Array, Array]
 
 
-def means(
+def means(*problem: Any) -> Means:
+    """Enumerate every discrete draw of a problem, as for `means_by_seed`, at one continuous noise."""
+    return means_by_seed(*problem)(0)
+
+
+def means_by_seed(
     target: hivi.Target,
     proposal: AbstractProposal,
     strategies: Mapping[str, AbstractStrategy],
     bound: Any,
     samples: int = 1,
     most: int = 13,
-    seeds: Iterable[int] = (0,),
-) -> list[Means]:
-    """Enumerate every discrete draw; one row for each continuous noise (and minibatch), compiled once."""
+) -> Callable[[int], Means]:
+    """The means as a function of the continuous noise's seed (and the minibatch's), compiled once."""
     shape = (samples, bound.draws, proposal.branches)
     count = math.prod(shape)
     branch = jnp.broadcast_to(jnp.arange(shape[2]), shape).reshape(-1)
@@ -161,7 +165,7 @@ def means(
         return Means((value, flat(gradient)), (estimate[0], flat(estimate[1])))
 
     compiled = quick(both)
-    return [compiled(params, jax.random.key(seed)) for seed in seeds]
+    return lambda seed: compiled(params, jax.random.key(seed))
 
 
 def flat(tree: Any) -> Array:
@@ -250,7 +254,7 @@ def solve(case: Case) -> Means:
     target = TARGETS[case.target]()
     proposal = built(case.family, target)
     chosen = strategies(target, case.kind)
-    return means(target, proposal, chosen, BOUNDS[case.bound], case.samples, case.most)[0]
+    return means(target, proposal, chosen, BOUNDS[case.bound], case.samples, case.most)
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=lambda c: f"{c.family} - {c.target} - {c.kind} - {c.bound}")
@@ -333,7 +337,7 @@ def increment_of_elbo(measured: Any, increment: Callable[[Array], Array]) -> Arr
 )
 def test_a_biased_estimator_is_noticed(spoil, target, bound, samples):
     model = TARGETS[target]()
-    [result] = means(model, built("mean-field", model), {"z": Spoiled(spoil)}, BOUNDS[bound], samples)
+    result = means(model, built("mean-field", model), {"z": Spoiled(spoil)}, BOUNDS[bound], samples)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         agree(result)
 
@@ -433,9 +437,10 @@ def test_minibatches_average_to_the_full_gradient(kind):
     assert len(seeds) == math.comb(ROWS, BATCH)
     proposal = perturbed(build_proposal(hivi.MeanField(), full.sites, jax.random.key(0)), jax.random.key(1), 0.5)
     local = eqx.tree_at(lambda p: p.lam, build_proposal(hivi.MeanField(), small.sites, jax.random.key(0)), proposal.lam)
-    [right] = means(full, proposal, strategies(full, kind), hivi.Elbo())
+    right = means(full, proposal, strategies(full, kind), hivi.Elbo())
     agree(right)
-    each = means(small, local, strategies(small, kind), hivi.Elbo(), seeds=seeds.values())
+    at = means_by_seed(small, local, strategies(small, kind), hivi.Elbo())
+    each = [at(seed) for seed in seeds.values()]
     value, gradient = (sum(m.found[k] for m in each) / len(each) for k in (0, 1))
     agree(Means(right.exact, (value, gradient)))
 
@@ -447,7 +452,7 @@ def test_rows_of_a_hierarchy_take_the_plate_scale():
     family = {"z": hivi.Hierarchical(prior=hivi.MeanField(), auxiliary=hivi.Linearised()), ".*": hivi.MeanField()}
     proposal = perturbed(build_proposal(family, small.sites, jax.random.key(0)), jax.random.key(1), 0.3)
     bound = hivi.ImportanceWeighted(outer=1, inner=2)
-    agree(means(small, proposal, strategies(small, "exact"), bound)[0])
+    agree(means(small, proposal, strategies(small, "exact"), bound))
     p = proposal.gather(small.all_rows())
     z, context = p.propose(jax.random.key(0))
     terms = p.log_q(z, context, jax.random.key(1), 2)
