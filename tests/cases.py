@@ -186,6 +186,7 @@ FAMILIES: dict[str, Row] = {
     "hvm hvm": _hierarchical(NESTED, SHORT),
     "hvm hvm, linearised": _hierarchical(NESTED, hivi.Linearised()),
     "hvm hvm, semi-implicit": _hierarchical(NESTED, hivi.SemiImplicit()),
+    "codes": Row(hivi.Codes(bits=2)),
     "product": Row({"[az]": hivi.MeanField(), ".*": _hierarchical(hivi.FullRank()).family}, least=2),
     "product of mixtures": Row({"[az]": hivi.Mixture(2), ".*": hivi.Mixture(3)}, least=2),
 }

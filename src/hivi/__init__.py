@@ -16,6 +16,7 @@ from hivi._estimators.score import Score
 from hivi._estimators.sticking import StickTheLanding
 from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
+from hivi._families.codes import Codes
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Amortised",
     "Auto",
+    "Codes",
     "Component",
     "CorpusError",
     "Curvature",

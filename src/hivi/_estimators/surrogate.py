@@ -13,6 +13,7 @@ from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy, Evaluation, Part
 from hivi._estimators.expectation import Expectation
+from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
 from hivi._space import Latents
@@ -20,6 +21,8 @@ from hivi._target.base import Rows, Target
 from hivi._tree import Key, PyTree, held, value_zero
 
 Strategies = Mapping[str, AbstractStrategy]
+HIDDEN = HierarchicalScore()
+"""Serves the discrete variables of the family itself."""
 
 
 class Estimated(NamedTuple):
@@ -99,12 +102,13 @@ def estimate(
         # Moves are the first axis after (samples, outer, branches) where there are any; all are changes of one draw.
         return bound.increment(fixed_w, fixed_pi, change)
 
-    extra = sum((strategies[name].surrogate(m, increment) for name, m in measured.items()), jnp.zeros(()))
+    chosen = {n: strategies.get(n, HIDDEN) for n in measured}
+    extra = sum((chosen[n].surrogate(m, increment) for n, m in measured.items()), jnp.zeros(()))
     # E[grad log q(z|lambda)] = 0 with a constant weight: this cancels the pathwise score of detached draws.
     weight = jnp.exp(fixed_pi) * local.score_weight(bound.inner) / bound.draws
     extra = extra + jnp.sum(weight * cancel)
     fixed = jax.lax.stop_gradient(measured)
-    learnt = {n: strategies[n].learn(known.get(n, ()), m) for n, m in fixed.items()}
+    learnt = {n: chosen[n].learn(known.get(n, ()), m) for n, m in fixed.items()}
     return jnp.mean(values) + value_zero(extra) / samples, Estimated(jax.lax.stop_gradient(values), learnt)
 
 
@@ -133,6 +137,8 @@ def _draw(
     k_draw, k_inner = jax.random.split(key)
     inner, k_more = bound.inner, jax.random.fold_in(key, 1)
     z, context = proposal.propose(k_draw, branch)
+    hidden = proposal.hidden(context)
+    z, strategies = {**z, **hidden}, {**strategies, **dict.fromkeys(hidden, HIDDEN)}
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
     views = terms_by_view(target, z, proposal.views())
@@ -169,7 +175,7 @@ def _draw(
         measured[n] = strategies[n].measure(n, conditionals[n], own)
     cancel = sum(
         (
-            _scale(target, n) * jnp.sum(c.likelihood.log_prob(c.lam, z[n]))
+            (1.0 if n in hidden else target.site(n).scale) * jnp.sum(c.likelihood.log_prob(c.lam, z[n]))
             for n, c in conditionals.items()
             if n in detached
         ),
@@ -198,10 +204,6 @@ def viewed_terms(target: Target, views: tuple[tuple[frozenset[str] | None, Laten
         next(terms[k] for names, terms in found if names is None or factor.name in names)
         for k, factor in enumerate(target.factored.factors)
     ]
-
-
-def _scale(target: Target, name: str) -> float:
-    return target.site(name).scale
 
 
 def check_minibatch(target: Target, bound: AbstractBound, branches: int) -> None:

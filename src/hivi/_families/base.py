@@ -60,6 +60,13 @@ class AbstractProposal(eqx.Module):
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         """Log of an unbiased estimate of the density q(z) at any z; exact where the family has it."""
 
+    def hidden(self, context: PyTree) -> Latents:
+        """Discrete variables of its own, above z, by names that are no site's; `log_q` takes them among `z`.
+
+        `conditionals` has q of each of them. Those of `propose` are in the context.
+        """
+        return {}
+
     def landable(self, site: str) -> bool:
         """Whether `landed` can serve a site: exact densities of continuous sites."""
         return False

@@ -99,6 +99,15 @@ def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Ke
     count = next(s.shape[s.local[1]] for s in sites if s.local is not None)  # all rows, or those of one minibatch
     keys = jax.random.split(key, count)
     example = family.at_row(sites, jnp.array(0)).build(rows, keys[0])
+    if example.hidden(eqx.filter_eval_shape(example.propose, key)[1]):
+        raise FamilyError(
+            message(
+                f"sites {[s.name for s in sites]} of the subsampled plate {plate.name!r}",
+                f"{type(family).__name__}, whose own discrete variables are not repeated row by row",
+                "a family with continuous lambda",
+                "use Hierarchical(prior=Flow()) or MeanField() for these sites",
+            )
+        )
     if example.branches > 1:
         raise FamilyError(
             message(
@@ -269,9 +278,12 @@ class ProductProposal(AbstractProposal):
         terms: dict[str, Array] = {}
         keys = jax.random.split(key, len(self.parts))
         for number, (p, c, k) in enumerate(zip(self.parts, context, keys, strict=True)):
-            own = {s.name: z[s.name] for s in p.sites}
+            own = {n: z[n] for n in (*(s.name for s in p.sites), *p.hidden(c)) if n in z}
             terms |= {f"{name}#{number}": value for name, value in p.log_q(own, c, k, inner).items()}
         return terms
+
+    def hidden(self, context: PyTree) -> Latents:
+        return {n: v for p, c in zip(self.parts, context, strict=True) for n, v in p.hidden(c).items()}
 
     def landable(self, site: str) -> bool:
         return any(p.landable(site) for p in self.parts)

@@ -1,0 +1,34 @@
+"""The score gradient of discrete variables of the family itself, above z (hierarchical sampling; Chaney 2015)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from hivi._estimators.base import AbstractStrategy, Evaluation, Increment, others
+from hivi._families.base import Conditional
+from hivi._space import Site
+from hivi._tree import PyTree
+
+
+class HierarchicalScore(AbstractStrategy):
+    """grad log q(c_j) times the whole log-weight, less its mean over the other draws.
+
+    z was drawn given c, so every term of log p is downstream of each c_j: no term may be left out, unlike for z itself.
+    """
+
+    detached: ClassVar[bool] = True
+
+    def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
+        return None if conditional is not None else "it has no q of its own"
+
+    def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
+        return conditional.likelihood.log_prob(conditional.lam, evaluation.z[site]), evaluation.total()
+
+    def surrogate(self, measured: PyTree, increment: Increment) -> Array:
+        log_q, total = measured
+        advantage = -increment(jax.lax.stop_gradient(others(total) - total))
+        return jnp.sum(jnp.sum(log_q.reshape(*total.shape, -1), -1) * advantage)
