@@ -65,6 +65,7 @@ Maker = Callable[[hivi.Fit, Any], Any]
 FAMILIES: dict[str, Maker] = {
     "mean-field": lambda fit, found: hivi.MeanField(),
     "HVM": lambda fit, found: hivi.Hierarchical(start=fit, along=found),
+    "HVM, afresh": lambda fit, found: hivi.Hierarchical(),
     "HVM, full-rank": lambda fit, found: hivi.Hierarchical(hivi.FullRank(), hivi.Linearised(), start=fit, along=found),
     "HVM, mixture of 4": lambda fit, found: hivi.Hierarchical(prior=hivi.Mixture(4)),
     "mixture of 4": lambda fit, found: hivi.Mixture(4),
@@ -88,7 +89,7 @@ NOTES = (
     "posterior standard deviations; where there is no table, from 32,768 draws. Seconds: of the fit, compilation "
     "included, one thread. HVM: `Hierarchical()` with its default prior `Flow(8)`, grown from the mean-field fit "
     "(along `hivi.curvature`, where all sites are discrete); full-rank: `FullRank()` with `Linearised()`, grown "
-    "alike; the mixtures start afresh. Exact differences: `LocalExpectation`, for counts `Difference`. What each "
+    "alike; afresh and the mixtures: without a start. Exact differences: `LocalExpectation`, for counts `Difference`. What each "
     "problem is: `benchmarks/discrete/README.md`. "
 )
 """What the columns and rows of the table are."""
