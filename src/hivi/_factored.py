@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from hivi import _jaxprs
 from hivi._errors import TargetError, message
+from hivi._locality import products
 from hivi._locality.axes import scopes
 from hivi._locality.base import Factor, Loss, Maps
 from hivi._locality.colour import colours
@@ -66,9 +67,92 @@ class Program:
         factors = tuple(self.factors[k] for k in keep)
         return Program(jaxpr, self.sites, factors, (), f"{self.key}{keep}"), tuple(used)
 
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def moves(self, site: str, position: int, shape: tuple[int, ...]) -> Moves:
+        """How a site (the input at `position`, of this shape) moves, colour by colour."""
+        palette = colours(self.factors, site, shape)
+        counts = tuple(int(c.max(initial=-1)) + 1 for c in palette)
+        variable = self.jaxpr.invars[position]
+        found = products.candidates(self.jaxpr, variable) if max(counts, default=1) > 1 else []
+        operands = _jaxprs.rebuild(self.jaxpr, outvars=[eqn.invars[moving] for eqn, moving in found])
+        maps, _ = scopes(operands, [site if v is variable else None for v in self.jaxpr.invars])
+        updates = {
+            eqn.outvars[0]: how
+            for (eqn, moving), scope in zip(found, maps, strict=True)
+            if (how := products.product(eqn, moving, scope.get(site, frozenset()), shape, counts)) is not None
+        }
+        return Moves(site, tuple(palette), counts, products.plan(self.jaxpr, variable, updates))
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def groups(self, site: str, shape: tuple[int, ...], keep: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Factors that are evaluated together: those of few colours need not wait for those of many."""
+        factors = [self.factors[k] for k in keep]
+        costs = [math.prod(int(c.max(initial=-1)) + 1 for c in colours([f], site, shape)) for f in factors]
+        few = tuple(k for k, cost in zip(keep, costs, strict=True) if 4 * cost <= max(costs, default=0))
+        many = tuple(k for k in keep if k not in few)
+        return [group for group in (few, many) if group]
+
     def touching(self, site: str) -> tuple[int, ...]:
         """Numbers of the factors that depend on a site."""
         return tuple(k for k, f in enumerate(self.factors) if f.maps(site))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Moves:
+    """How the factors change when the coordinates of a site move, colour by colour.
+
+    Attributes:
+        site: the site.
+        palette: colours of the indices of each of its axes.
+        counts: how many colours each axis has.
+        plan: what is evaluated once, and what for every colour.
+    """
+
+    site: str
+    palette: tuple[np.ndarray, ...]
+    counts: tuple[int, ...]
+    plan: products.Plan
+
+    def change(self, program: Program, base: Mapping[Any, Array], here: Array, there: Array) -> Array:
+        """Change of the log-density for each coordinate that moves alone from `here` to `there`."""
+        axes = {how.latent for how in self.plan.products.values()}
+        # Each index of a summed axis is moved alone anyhow, unless other axes have colours too.
+        at_once = all(c == 1 for axis in axes for k, c in enumerate(self.counts) if k != axis)
+        every = products.deltas(self.plan, base, there) if at_once else None
+
+        def one(colour: Array) -> Array:
+            own: list[Array] = []
+            for count in reversed(self.counts):
+                own.insert(0, colour % count)
+                colour = colour // count
+            mask = self._mask(own)
+            value = jnp.where(mask, there, here)
+            deltas = products.deltas(self.plan, base, value) if every is None else every
+            after = products.moved(self.plan, base, value, deltas, own)
+            return jnp.where(mask, self._placed(program, base, after, mask.shape), 0.0)
+
+        total = math.prod(self.counts)
+        if total <= UNROLL:
+            return functools.reduce(jnp.add, [one(jnp.array(c)) for c in range(total)])
+        return jax.lax.fori_loop(0, total, lambda c, acc: acc + one(c), jnp.zeros(there.shape))
+
+    def _placed(
+        self, program: Program, base: Mapping[Any, Array], after: Sequence[Array], shape: tuple[int, ...]
+    ) -> Array:
+        changes: dict[tuple[tuple[int, ...], Maps], tuple[Factor, Array]] = {}
+        for factor, v, new in zip(program.factors, self.plan.outs, after, strict=True):
+            part = factor.weight * (new - base[v])
+            alike = factor.shape, factor.maps(self.site)
+            changes[alike] = factor, changes[alike][1] + part if alike in changes else part
+        return functools.reduce(jnp.add, [place(part, factor, self.site, shape) for factor, part in changes.values()])
+
+    def _mask(self, own: Sequence[Array]) -> Array:
+        """Which coordinates have this colour; built from the per-axis colours, never stored for all colours."""
+        mask = jnp.ones([len(c) for c in self.palette], bool)
+        for axis, colour in enumerate(own):
+            here = jnp.asarray(self.palette[axis]) == colour
+            mask &= jnp.expand_dims(here, [k for k in range(mask.ndim) if k != axis])
+        return mask
 
 
 Difference = Callable[..., Array]
@@ -140,51 +224,24 @@ class Factored(eqx.Module):
             out = out + jax.vmap(lambda value, rule=rule: rule(z, value, *rest))(moved)
         if not keep or moved.size == 0:
             return out
-        program, used = self.program.restrict(tuple(keep))
-        inputs = self._inputs(z, rest)
-        position = len(self.consts) + self.program.sites.index(site)
-        before = _run(program, used, inputs)
-        palette = colours(program.factors, site, moved.shape[1:])
-        counts = [int(c.max(initial=-1)) + 1 for c in palette]
+        for group in self.program.groups(site, moved.shape[1:], tuple(keep)):
+            out = out + self._differences(site, moved, z, rest, group)
+        return out
 
-        def one(value: Array, colour: Array) -> Array:
-            mask = _mask(palette, counts, colour)
-            after = _run(program, used, [*inputs[:position], jnp.where(mask, value, z[site]), *inputs[position + 1 :]])
-            change = jnp.zeros(mask.shape)
-            for factor, old, new in zip(program.factors, before, after, strict=True):
-                change = change + factor.weight * place(new - old, factor, site, mask.shape)
-            return jnp.where(mask, change, 0.0)
+    def _differences(self, site: str, moved: Array, z: Latents, rest: Sequence[PyTree], keep: tuple[int, ...]) -> Array:
+        """Differences of some factors, which are evaluated together."""
+        program, used = self.program.restrict(keep)
+        inputs = [x for x, u in zip(self._inputs(z, rest), used, strict=True) if u]
+        position = sum(used[: len(self.consts) + self.program.sites.index(site)])
+        moves = program.moves(site, position, moved.shape[1:])
+        base = dict(zip(moves.plan.kept, _jaxprs.evaluate(moves.plan.once, inputs), strict=True))
 
-        total = math.prod(counts)
-        if total * len(moved) <= UNROLL:
-            parts = [sum(one(value, jnp.array(c)) for c in range(total)) for value in moved]
-            return out + jnp.stack(parts)
-        return out + jax.lax.map(lambda value: _sum_colours(one, value, total), moved)
+        def change(value: Array) -> Array:
+            return moves.change(program, base, z[site], value)
 
-
-def _sum_colours(one: Callable[[Array, Array], Array], value: Array, total: int) -> Array:
-    if total == 1:
-        return one(value, jnp.array(0))
-
-    def body(colour: Array, acc: Array) -> Array:
-        return acc + one(value, colour)
-
-    return jax.lax.fori_loop(0, total, body, jnp.zeros(value.shape))
-
-
-def _run(program: Program, used: Sequence[bool], inputs: Sequence[Any]) -> list[Array]:
-    return _jaxprs.evaluate(program.jaxpr, [x for x, u in zip(inputs, used, strict=True) if u])
-
-
-def _mask(palette: Sequence[np.ndarray], counts: Sequence[int], colour: Array) -> Array:
-    """Which coordinates have this colour; built from the per-axis colours, never stored for all colours."""
-    shape = tuple(len(c) for c in palette)
-    mask = jnp.ones(shape, bool)
-    for axis in reversed(range(len(shape))):
-        own = jnp.asarray(palette[axis]) == colour % counts[axis]
-        colour = colour // counts[axis]
-        mask &= jnp.expand_dims(own, [k for k in range(len(shape)) if k != axis])
-    return mask
+        if math.prod(moves.counts) * len(moved) <= UNROLL:
+            return jnp.stack([change(value) for value in moved])
+        return jax.lax.map(change, moved)
 
 
 def factorise(

@@ -6,6 +6,7 @@ data captured by a model's closure stays an argument of the compiled step instea
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -85,6 +86,21 @@ def evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> list[Any]:
     # Results that are literals of the program come back as numbers or NumPy arrays.
     results = jax.core.eval_jaxpr(jaxpr, [], *args)
     return [x if isinstance(x, jax.Array) else jax.numpy.asarray(x) for x in results]
+
+
+def evaluate_equation(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Results of one equation, on operands of any shapes that its primitive takes."""
+    binders: list[Any] = [jex.Var(v.aval) for v in eqn.invars]
+    outs: list[Any] = [jex.Var(v.aval) for v in eqn.outvars]
+    inner = eqn.replace(invars=binders, outvars=outs)
+    alone = rebuild(_nothing(), invars=binders, outvars=outs, eqns=[inner], effects=eqn.effects)
+    return evaluate(alone, operands)
+
+
+@functools.cache
+def _nothing() -> jex.Jaxpr:
+    """The empty program."""
+    return jax.make_jaxpr(lambda: ())().jaxpr
 
 
 def fingerprint(jaxpr: jex.Jaxpr) -> str:
