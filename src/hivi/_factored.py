@@ -23,11 +23,14 @@ from jaxtyping import Array
 from hivi import _jaxprs
 from hivi._errors import TargetError, message
 from hivi._locality import products
+from hivi._locality.accumulators import unfold
 from hivi._locality.axes import scopes
 from hivi._locality.base import Factor, Loss, Maps
 from hivi._locality.colour import colours
+from hivi._locality.masks import push
 from hivi._locality.peel import peel
 from hivi._locality.place import place
+from hivi._locality.rolling import roll
 from hivi._space import Latents
 from hivi._tree import PyTree
 
@@ -276,8 +279,15 @@ def factorise(
         return [_real(name, value) for name, value in terms.items()]
 
     jaxpr, consts, _ = _jaxprs.trace(flat, *(z[s] for s in sites), *leaves)
-    jaxpr = _jaxprs.inline(jaxpr)
+    jaxpr, more = unfold(_jaxprs.inline(jaxpr))
+    consts = [*more, *consts]
     parts = peel(jaxpr)
+    while pushed := push(jaxpr, parts, jaxpr.invars[len(consts) : len(consts) + len(sites)]):
+        jaxpr, more = pushed
+        consts, parts = [*more, *consts], peel(jaxpr)
+    if rolled := roll(jaxpr, parts):
+        jaxpr, more, parts = rolled
+        consts = [*more, *consts]
     jaxpr = _jaxprs.trimmed(_jaxprs.rebuild(jaxpr, outvars=[t.var for t in parts]))
     # Captured arrays stay arguments of the compiled program, but indices among them are part of its structure.
     fixed = _jaxprs.rebuild(jaxpr, invars=jaxpr.invars[len(consts) :], constvars=jaxpr.invars[: len(consts)])

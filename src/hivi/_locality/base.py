@@ -98,6 +98,14 @@ class Factor(NamedTuple):
         return dict(self.scope).get(site, frozenset())
 
 
+class Term(NamedTuple):
+    """`weight * sum(var)` is one additive part of output number `output`."""
+
+    var: Any
+    weight: float
+    output: int
+
+
 # What the parts of the axis-map interpreter (axes.py) share.
 
 CAP = 32

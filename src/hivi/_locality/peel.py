@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.extend import core as jex
 
+from hivi._locality.base import Term
+
+_LOOP = 8  # an array of at least so many pieces is taken to be a Python loop's
+
 _SAME_TOTAL = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "rev", "reduce_sum"}
-
-
-class Term(NamedTuple):
-    """`weight * sum(var)` is one additive part of output number `output`."""
-
-    var: Any
-    weight: float
-    output: int
 
 
 def peel(jaxpr: jex.Jaxpr) -> list[Term]:
@@ -92,6 +88,8 @@ def _parts(eqn: jex.JaxprEqn, weight: float) -> list[tuple[Any, float]] | None:
         copies = [out.aval.size // max(v.aval.size, 1) for v in operands]
         sign = -1.0 if name == "sub" else 1.0
         return [(operands[0], weight * copies[0]), (operands[1], sign * weight * copies[1])]
+    if name in ("concatenate", "stack") and len(operands) >= _LOOP:
+        return [(v, weight) for v in operands]
     if name in ("mul", "div"):
         return _scaled(name, operands, out, weight)
     return None
