@@ -21,7 +21,7 @@ from numpyro.distributions import constraints
 import hivi
 from cases import BOUNDS, TARGETS, built, perturbed, quick, states
 from hivi._errors import FitError
-from hivi._estimators import control_variates, disarm
+from hivi._estimators import control_variates, differences, disarm
 from hivi._estimators.base import AbstractStrategy, Average, nothing
 from hivi._estimators.surrogate import memories, surrogate
 from hivi._families.base import Conditional
@@ -109,7 +109,15 @@ def test_disarm_has_the_right_mean(row):
     family, name, bound = row
     target = TARGETS[name]()
     strategy = paired(hivi.DisARM(), disarm, metropolised, target)
-    agree(means(target, built(family, target), {"z": strategy}, BOUNDS[bound])[0])
+    agree(means(target, built(family, target), {"z": strategy}, BOUNDS[bound]))
+
+
+@pytest.mark.parametrize("row", [r for r in PAIRED if "outer" not in r[2]], ids=" - ".join)
+def test_coupled_local_expectation_has_the_right_mean(row):
+    family, name, bound = row
+    target = TARGETS[name]()
+    strategy = paired(hivi.LocalExpectation(coupled=True), differences, metropolised, target)
+    agree(means(target, built(family, target), {"z": strategy}, BOUNDS[bound]))
 
 
 ALPHAS = {
@@ -123,7 +131,7 @@ ALPHAS = {
 def test_double_control_variates_have_the_right_mean(family, alpha):
     target = smooth_chain()
     strategy = paired(hivi.DoubleControlVariates(), control_variates, independent, target, ALPHAS[alpha])
-    agree(means(target, built(family, target), {"z": strategy}, BOUNDS["elbo"])[0])
+    agree(means(target, built(family, target), {"z": strategy}, BOUNDS["elbo"]))
 
 
 def smooth_chain() -> hivi.Target:
@@ -151,7 +159,7 @@ def test_control_a_coupling_without_its_weight_is_noticed():
     target = TARGETS["pair"]()
     strategy = dataclasses.replace(paired(hivi.DisARM(), disarm, metropolised, target), pair=no_weight)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo())[0])
+        agree(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo()))
 
 
 def test_control_a_control_variate_without_its_mean_is_noticed():
@@ -159,7 +167,7 @@ def test_control_a_control_variate_without_its_mean_is_noticed():
     strategy = paired(hivi.DoubleControlVariates(), control_variates, independent, target, ALPHAS["start"])
     strategy = dataclasses.replace(strategy, pair=no_correction)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo())[0])
+        agree(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo()))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -188,6 +196,16 @@ def test_disarm_is_quieter_than_leave_one_out_at_the_same_evaluations():
         for name, strategy, samples in (("disarm", hivi.DisARM(), 1), ("leave one out", hivi.Score(), 2))
     }
     assert spread["disarm"] < 0.5 * spread["leave one out"]
+
+
+def test_coupling_quietens_local_expectation():
+    target = TARGETS["chain"]()
+    proposal = built("mean-field", target)
+    plain, coupled = (
+        gradients(target, proposal, hivi.LocalExpectation(coupled=c), n).var(0).sum()
+        for c, n in ((False, 2), (True, 1))
+    )
+    assert coupled < 0.3 * plain
 
 
 def gradients(target: hivi.Target, proposal: Any, strategy: Any, samples: int, memory: Any = None) -> np.ndarray:
@@ -235,7 +253,7 @@ def test_a_baseline_with_any_memory_is_no_bias(name, family, bound):
     memory = perturbed(memories(proposal, {"z": strategy})["z"], jax.random.key(5), 0.7)
     memory = jax.tree.map(lambda x: jnp.abs(x) + 0.3, memory)  # weights of averages are positive
     result = means(target, proposal, {"z": Remembering(strategy, memory)}, BOUNDS[bound])
-    agree(result[0])
+    agree(result)
 
 
 def after_steps(strategy: Any, family: str, steps: int) -> tuple[hivi.Target, Any, Any]:

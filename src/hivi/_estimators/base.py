@@ -226,6 +226,16 @@ class AbstractEstimator(eqx.Module):
             FitError: a site that no permitted strategy can serve.
         """
 
+    def undecided(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> tuple[str, ...]:
+        """Sites whose strategy is to be settled by measurement, after a warm-up with what `resolve` says."""
+        return ()
+
+    def settle(
+        self, target: Target, proposal: AbstractProposal, bound: AbstractBound, samples: int, key: Key
+    ) -> dict[str, AbstractStrategy]:
+        """Site -> strategy, after measurement at this proposal."""
+        return self.resolve(target, proposal, bound)
+
 
 class Fixed(AbstractEstimator):
     """The strategies that a user named: one for all sites where it is eligible, or a dict by site.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
-from hivi._families.base import Conditional
+from hivi._estimators.disarm import partner
+from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Site
 from hivi._tree import PyTree
 
@@ -19,8 +20,18 @@ class LocalExpectation(AbstractStrategy):
 
     `grad E[f] = sum_v grad q(v|lambda_i) E[f(z_i=v) - f(z)]`. The cost is (values - 1) x (colours of the site), not the
     number of coordinates: coordinates that share no factor move together.
+
+    Args:
+        coupled: average over the draw and its DisARM partner, which differs from it wherever it can: twice the cost, and the
+            noise that the other latents leave is mostly cancelled.
+
+    Example:
+        >>> import hivi
+        >>> hivi.LocalExpectation(coupled=True).coupled
+        True
     """
 
+    coupled: bool = False
     detached: ClassVar[bool] = True
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
@@ -28,8 +39,16 @@ class LocalExpectation(AbstractStrategy):
             return "its coordinates are not independent given the family's context"
         return None if site.values.kind == "finite" else f"its support is not finite ({site.values.kind})"
 
+    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
+        if self.coupled and not linear:
+            return "coupled draws serve only a bound that is linear in the log-weight"
+        return None
+
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
-        return _measure(site, conditional, evaluation)
+        if not self.coupled:
+            return _measure(site, conditional, evaluation)
+        assert evaluation.key is not None
+        return pair(site, conditional, evaluation, partner(conditional, evaluation.z[site], evaluation.key))
 
     def surrogate(self, measured: PyTree, increment: Increment) -> Array:
         return _surrogate(measured, increment)
@@ -60,6 +79,14 @@ def _measure(site: str, conditional: Conditional, evaluation: Evaluation) -> PyT
     z = evaluation.z[site]
     moved = conditional.likelihood.moves(z)
     return conditional.likelihood.move_weights(conditional.lam, z), evaluation.differences(site, moved)
+
+
+def pair(site: str, conditional: Conditional, evaluation: Evaluation, b: Array) -> PyTree:
+    """The mean over the draw and another, as moves of both."""
+    here = _measure(site, conditional, evaluation)
+    there = _measure(site, conditional, evaluation.moved(site, b))
+    (w1, c1), (w2, c2) = here, there
+    return jnp.concatenate([0.5 * w1, 0.5 * w2]), jnp.concatenate([c1, c2])
 
 
 def _surrogate(measured: PyTree, increment: Increment) -> Array:

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, LoadError, message
-from hivi._estimators.auto import Auto
+from hivi._estimators.auto import Auto, label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
 from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._families.full_rank import FullRank
@@ -116,11 +116,16 @@ def fit(
     k_build, k_check, k_run = jax.random.split(key, 3)
     proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
-    strategies = _resolve(estimator).resolve(target, proposal, bound)
+    settled = _resolve(estimator)
+    strategies = settled.resolve(target, proposal, bound)
     check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
     plan = Plan(tuple(strategies.items()), bound, samples, chosen, optimizer is None, mesh)
     state = initial_state(proposal, target, plan, k_run, steps)
+    if settled.undecided(target, proposal, bound):
+        strategies = settled.settle(target, _warm(state, target, plan), bound, samples, jax.random.fold_in(k_check, 1))
+        plan = plan._replace(strategies=tuple(strategies.items()))
+        state = initial_state(proposal, target, plan, k_run, steps)
     if mesh is not None:
         state, target = _on_mesh(state, target, plan, mesh)
     settings = [steps, samples, learning_rate, repr(tolerance), optimizer is None]
@@ -138,7 +143,7 @@ def fit(
         seconds=time.monotonic() - began,
         message=outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else ""),
         target=target,
-        strategies={name: type(s).__name__ for name, s in strategies.items()},
+        strategies={name: label(s) for name, s in strategies.items()},
     )
 
 
@@ -152,6 +157,12 @@ def _refuse_conjugate(proposal: AbstractProposal) -> None:
                 "use hivi.MeanField() for its sites",
             )
         )
+
+
+def _warm(state: State, target: Target, plan: Plan) -> AbstractProposal:
+    """The proposal after a few steps, on one device, or as it is where they fail: where strategies are measured."""
+    after, _ = run_chunk(state, target, plan._replace(mesh=None), jnp.array(CHUNK, jnp.int32))
+    return after.proposal if bool(finite(after.proposal)) else state.proposal
 
 
 def _on_mesh(state: State, target: Target, plan: Plan, mesh: Mesh) -> tuple[State, Target]:
