@@ -25,7 +25,7 @@ from hivi._estimators import control_variates, differences, disarm
 from hivi._estimators.base import AbstractStrategy, Average, nothing
 from hivi._estimators.surrogate import memories, surrogate
 from hivi._families.base import Conditional
-from hivi._likelihood import FiniteLikelihood
+from hivi._likelihoods.finite import FiniteLikelihood
 from hivi._space import Values
 from test_unbiased import agree, flat, means
 

@@ -16,8 +16,8 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "hivi"
 ROWS: tuple[tuple[str, ...], ...] = (
     ("_errors.py", "_tree.py"),
     ("_space.py", "_jaxprs.py"),
-    ("_locality/", "_likelihood.py", "_bijections.py"),
-    ("_factored.py",),
+    ("_locality/", "_likelihoods/", "_bijections.py"),
+    ("_factored.py", "_likelihood.py"),
     ("_target/",),
     ("_families/",),
     ("_bounds.py",),
@@ -40,6 +40,7 @@ PAIRS = {
         ("_families/hierarchical.py", f"_families/{part}.py")
         for part in ("auxiliary", "flow", "full_rank", "mean_field", "mixture")
     ),
+    ("_likelihoods/negative_binomial.py", "_likelihoods/poisson.py"),
     ("_families/amortised.py", "_families/mean_field.py"),
     ("_estimators/auto.py", "_estimators/differences.py"),
     ("_estimators/auto.py", "_estimators/expectation.py"),

@@ -12,7 +12,9 @@ import scipy.stats
 from jaxtyping import Array
 
 from cases import quick
-from hivi._likelihood import MAX_LOG_RATE, AbstractLikelihood, likelihood
+from hivi._likelihood import likelihood
+from hivi._likelihoods.base import AbstractLikelihood
+from hivi._likelihoods.poisson import MAX_LOG_RATE
 from hivi._space import Site, Values
 
 SITES: dict[str, Values] = {
@@ -22,6 +24,8 @@ SITES: dict[str, Values] = {
     "three from -1": Values("finite", -1, 3),
     "count": Values("count", 0, 0),
     "count from 1": Values("count", 1, 0),
+    "negative binomial": Values("count", 0, 0, 4.0),
+    "geometric from 1": Values("count", 1, 0, 1.0),
     "binomial": Values("binomial", 0, 81),
     "binomial from 2": Values("binomial", 2, 12),
     "normal": Values("real"),
@@ -48,7 +52,8 @@ def setting(name: str, seed: int = 0) -> Setting:
     lam = np.random.default_rng(seed).normal(0.3, 0.7, kind.width).astype(np.float32)
     if values.kind == "real":
         return Setting(kind, jnp.asarray(lam), jnp.linspace(-20.0, 20.0, 40_001))
-    return Setting(kind, jnp.asarray(lam), jnp.asarray(values.low + np.arange(values.count or 60), jnp.int32))
+    number = values.count or (400 if values.concentration else 60)
+    return Setting(kind, jnp.asarray(lam), jnp.asarray(values.low + np.arange(number), jnp.int32))
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -65,6 +70,12 @@ def test_log_prob_is_the_textbook_one():
     wide = jnp.broadcast_to(lam, (12, 1))
     log_prob = {name: likelihood(Site("z", (), v, ())).log_prob for name, v in SITES.items()}
     np.testing.assert_allclose(log_prob["count"](wide, n), scipy.stats.poisson.logpmf(k, np.exp(0.4)), rtol=1e-5)
+    share, mean = 4 / (4 + np.exp(0.4)), 1 / (1 + np.exp(0.4))  # SciPy's p is 1 - ours
+    found, wanted = log_prob["negative binomial"](wide, n), scipy.stats.nbinom.logpmf(k, 4.0, share)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        log_prob["geometric from 1"](wide, n + 1), scipy.stats.geom.logpmf(k + 1, mean), rtol=1e-5
+    )
     np.testing.assert_allclose(log_prob["binomial"](wide, n), scipy.stats.binom.logpmf(k, 80, p), rtol=1e-4)
     np.testing.assert_allclose(log_prob["bernoulli"](wide[:2], n[:2]), np.log([1 - p, p]), rtol=1e-5)
     np.testing.assert_allclose(log_prob["two from 5"](wide[:2], n[5:7]), np.log([1 - p, p]), rtol=1e-5)

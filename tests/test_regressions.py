@@ -17,7 +17,7 @@ from numpyro.distributions import constraints
 import hivi
 from hivi._fit import store
 from hivi._fit.stopping import levelled
-from hivi._likelihood import BinomialLikelihood
+from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._target.base import distinct_rows
 from hivi._tree import compiled
 

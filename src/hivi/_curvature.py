@@ -237,6 +237,13 @@ def _check(fit: Fit, samples: int, top: int) -> tuple[Target, Block]:
                 "fit the discrete sites with family=hivi.MeanField(); for continuous ones use FullRank() or Flow()",
             )
         )
+    wide = [s.name for s in fit.proposal.sites if s.values.concentration > 0]
+    if wide:
+        raise FitError(
+            message(
+                f"curvature at site {wide[0]!r}", "a negative-binomial q", "Poisson", "fit it with hivi.MeanField()"
+            )
+        )
     local = [s for s in sites if s.local is not None]
     plates = {s.local[0].name for s in local if s.local is not None}
     if len(plates) > 1:

@@ -53,11 +53,13 @@ class Values:
             same range, too long to enumerate) or "count" (low, low+1, ...).
         low: the smallest integer value.
         count: number of values, 0 where it is infinite.
+        concentration: of the q of a count, negative binomial; 0 for Poisson.
     """
 
     kind: Literal["real", "finite", "binomial", "count"]
     low: int = 0
     count: int = 0
+    concentration: float = 0.0
 
 
 class Plate(NamedTuple):

@@ -24,7 +24,8 @@ from numpyro.distributions import Normal
 
 from hivi._bijections import backward, forward, near_identity
 from hivi._families.base import AbstractProposal, size_of
-from hivi._likelihood import AbstractLikelihood, likelihood
+from hivi._likelihood import likelihood
+from hivi._likelihoods.base import AbstractLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
 

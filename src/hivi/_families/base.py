@@ -11,6 +11,7 @@ not a density. Every bound then follows from `log_p - log_q` by Jensen's inequal
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hivi._errors import FamilyError, message
-from hivi._likelihood import AbstractLikelihood
+from hivi._likelihoods.base import AbstractLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
 
@@ -350,6 +351,24 @@ def size_of(shape: Sequence[int]) -> int:
     for n in shape:
         size *= n
     return size
+
+
+def with_concentration(sites: tuple[Site, ...], concentration: float | None) -> tuple[Site, ...]:
+    """The sites with negative-binomial q for counts, where a concentration is given.
+
+    Raises:
+        FamilyError: a concentration that is not positive.
+    """
+    if concentration is None:
+        return sites
+    if not concentration > 0:
+        raise FamilyError(
+            message("concentration=...", repr(concentration), "a positive number", "1 is Geometric, None Poisson")
+        )
+    values = (dataclasses.replace(s.values, concentration=float(concentration)) for s in sites)
+    return tuple(
+        dataclasses.replace(s, values=v) if v.kind == "count" else s for s, v in zip(sites, values, strict=True)
+    )
 
 
 def require_real(family: str, sites: Sequence[Site]) -> None:

@@ -14,7 +14,8 @@ from hivi._errors import FamilyError, message
 from hivi._families.auxiliary import Link
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
 from hivi._families.hierarchical import start_parameters
-from hivi._likelihood import FiniteLikelihood, likelihood
+from hivi._likelihood import likelihood
+from hivi._likelihoods.finite import FiniteLikelihood
 from hivi._space import Latents, Site, Values
 from hivi._tree import Key, PyTree
 

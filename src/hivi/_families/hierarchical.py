@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +21,7 @@ from hivi._families.auxiliary import (
     Linearised,
     Link,
 )
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, with_concentration
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.mean_field import MeanFieldProposal
@@ -56,6 +57,7 @@ class Hierarchical(AbstractFamily):
             towards the first of them; others start from the fit alone.
         shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
             location and scale of lambda; otherwise each row has all parameters for itself.
+        concentration: of counts: q(z_i|lambda_i) is negative binomial with this concentration (1: Geometric); Poisson if None.
 
     Example:
         >>> import hivi
@@ -70,8 +72,10 @@ class Hierarchical(AbstractFamily):
     spread: float = 1.0
     along: Any = None
     shared: bool = False
+    concentration: float | None = None
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        sites = with_concentration(sites, self.concentration)
         link = Link(sites)
         k1, k2, k3 = jax.random.split(key, 3)
         space = (Site(LAM, (link.dim,), Values("real"), (link.dim,)),)
@@ -91,7 +95,7 @@ class Hierarchical(AbstractFamily):
         lam = {name: jnp.take(found[name], row, axis=axis) for name, axis in local.items()}
         start = MeanFieldProposal(tuple(s.row() for s in sites if s.name in lam), lam)
         along = self._directions()
-        return Hierarchical(self.prior, self.auxiliary, start, self.spread, along and along.at_row(row), self.shared)
+        return dataclasses.replace(self, start=start, along=along and along.at_row(row))
 
     def _directions(self) -> Directions | None:
         """`along`, or the directions that the start brings.

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of
-from hivi._likelihood import NormalLikelihood, likelihood, natural_gradient
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of, with_concentration
+from hivi._likelihood import likelihood, natural_gradient
+from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
 
@@ -19,13 +20,20 @@ class MeanField(AbstractFamily):
     q(z) = prod_i q(z_i | lambda_i), the family of Black Box VI (Ranganath, Gerrish & Blei 2014), eq. 1 of the
     HVM paper. It keeps no dependence between coordinates: the baseline that every other family is held against.
 
+    Args:
+        concentration: of counts: q(z_i) is negative binomial with this concentration (1: Geometric), wider than the Poisson that
+            None gives.
+
     Example:
         >>> import hivi
-        >>> hivi.MeanField()
-        MeanField()
+        >>> hivi.MeanField().concentration is None
+        True
     """
 
+    concentration: float | None = None
+
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+        sites = with_concentration(sites, self.concentration)
         keys = jax.random.split(key, max(len(sites), 1))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(sites, keys, strict=False)}
         return MeanFieldProposal(sites, lam)

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of
-from hivi._likelihood import NormalLikelihood, likelihood
+from hivi._likelihood import likelihood
+from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
 

@@ -27,7 +27,7 @@ from hivi._fit.rowwise import row_bounds
 from hivi._fit.stream import AFTER_WARM_UP, Schedule, at_blocks, conditioned, row_moments, split_rows
 from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
-from hivi._likelihood import MAX_LOG_RATE
+from hivi._likelihoods.poisson import MAX_LOG_RATE
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, compiled
 from hivi.topics.batches import CorpusSource, Documents

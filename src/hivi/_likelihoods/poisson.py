@@ -1,0 +1,117 @@
+"""Independent Poisson variables, and how to draw many of them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import gammaln
+from jaxtyping import Array
+
+from hivi._likelihoods.base import AbstractLikelihood
+from hivi._tree import Key, value_zero
+
+PART, TERMS, MANY = 30.0, 120, 1024
+MAX_LOG_RATE = 20.0
+"""Log rates are used up to e^20: beyond that an int32 draw and a float32 count lose their last digits."""
+
+
+def capped(free: Array) -> Array:
+    """A log rate, at most `MAX_LOG_RATE`, with derivative 1 beyond the cap, too."""
+    return jnp.where(free > MAX_LOG_RATE, MAX_LOG_RATE + value_zero(free), free)
+
+
+class PoissonLikelihood(AbstractLikelihood):
+    """Independent low + Poisson(exp(lambda)) variables, with the log rate capped at `MAX_LOG_RATE`.
+
+    A lambda beyond the cap has the values *and the gradient* of one at the cap (straight-through: the derivative of the
+    capped log rate is 1 everywhere). The true derivative there is 0, and a lambda that strayed would never come back.
+    So the score stays z - rate, with mean zero, and the moves keep the weight whose gradient they need: a bound that
+    falls at the cap pulls lambda back as fast as there.
+    """
+
+    low: int = eqx.field(static=True)
+    reparameterised: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    def log_rate(self, lam: Array) -> Array:
+        """The capped log rate, with derivative 1 beyond the cap, too."""
+        return capped(lam[..., 0])
+
+    def rate(self, lam: Array) -> Array:
+        """The rate, exp of `log_rate`."""
+        return jnp.exp(self.log_rate(lam))
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        return 0.01 * jax.random.normal(key, (*shape, 1))
+
+    def sample(self, lam: Array, key: Key) -> Array:
+        return poisson(key, self.rate(lam)) + self.low
+
+    def log_prob(self, lam: Array, z: Array) -> Array:
+        count = z - self.low
+        return count * self.log_rate(lam) - self.rate(lam) - gammaln(count + 1.0)
+
+    def near(self, lam: Array, mean: Array) -> Array:
+        return lam + jnp.log(jnp.maximum(mean - self.low, 1e-3))[..., None]
+
+    def mean(self, lam: Array) -> Array:
+        return self.low + self.rate(lam)
+
+    def moves(self, z: Array) -> Array:
+        return (z + 1)[None]
+
+    def move_weights(self, lam: Array, z: Array) -> Array:
+        return jnp.broadcast_to(self.rate(lam), z.shape)[None]
+
+    def score(self, lam: Array, z: Array) -> Array:
+        return (z - self.low - self.rate(lam))[..., None]
+
+    def fisher(self, lam: Array) -> Array:
+        return self.rate(lam)[..., None, None]
+
+    def features(self, z: Array) -> Array:
+        count = (z - self.low).astype(jnp.result_type(float))
+        return jnp.stack([jnp.ones_like(count), jnp.log1p(count), (count == 0) * 1.0, jnp.sqrt(count)], -1)
+
+
+def poisson(key: Key, rate: Array) -> Array:
+    """Poisson draws: many of moderate rate by inversion, as sums of draws of rate at most 30; else by JAX's rejection.
+
+    A uniform beyond the float32 sum of all probabilities (1e-7 of draws) ends at the largest value that has one.
+    """
+    if rate.size < MANY:
+        return jax.random.poisson(key, rate, dtype=jnp.int32)
+
+    def inversion(k: Key, part: Array) -> Array:
+        u = jax.random.uniform(k, part.shape, part.dtype)
+        first = jnp.exp(-part)
+
+        def more(carry: tuple[Array, Array, Array, Array]) -> Array:
+            step, _, total, _ = carry
+            return (step < TERMS) & jnp.any(total <= u)
+
+        def add(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            step, mass, total, count = carry
+            mass = mass * part / (step + 1)
+            return step + 1, mass, total + mass, count + (total <= u)
+
+        start = (jnp.array(0, jnp.int32), first, first, jnp.zeros(part.shape, jnp.int32))
+        return jax.lax.while_loop(more, add, start)[3]
+
+    def split(k: Key) -> Array:
+        def draw(carry: tuple[Key, Array, Array]) -> tuple[Key, Array, Array]:
+            k, left, count = carry
+            k, now = jax.random.split(k)
+            part = jnp.minimum(left, PART)
+            return k, left - part, count + inversion(now, part)
+
+        start = (k, rate, jnp.zeros(rate.shape, jnp.int32))
+        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), draw, start)[2]
+
+    return jax.lax.cond(jnp.all(rate < 20 * PART), split, lambda k: jax.random.poisson(k, rate, dtype=jnp.int32), key)
