@@ -477,7 +477,57 @@ def reduced(p: Pool) -> jax.Array:
     return lax.reduce((p.m, p.n), (0, 0), lambda a, b: (a[0] + b[0], jnp.maximum(a[1], b[1])), (p.k % 2,))[1]
 
 
+SHARED = np.array([0, 2, 2, 1])
+FROM, TO = np.array([0, 1, 2, 3, 1]), np.array([2, 3, 0, 1, 0])
+
+
+def convolved(p: Pool) -> jax.Array:
+    kernel = jnp.asarray(TABLE[None, None, :3, : 2 + p.k % 2], jnp.int32)
+    return lax.conv_general_dilated(p.m[None, None], kernel, (1 + p.k // 2, 1), "SAME", rhs_dilation=(1, 1 + p.k % 2))[
+        0, 0
+    ]
+
+
+def correlated(p: Pool) -> jax.Array:
+    """Channels, a transposed layout, and a kernel that depends on the latents too."""
+    image = jnp.stack([p.m, p.n], -1)[None]
+    kernel = jnp.stack([p.n[:2, :2], p.m[:2, :2]], -1)[..., None]
+    names = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(image, kernel, (1, 1), ((p.k, 1), (0, 1)), dimension_numbers=names)[0, ..., 0][:4]
+
+
+def by_order(p: Pool) -> jax.Array:
+    order = jnp.asarray(PERMUTED)
+    return lax.map(lambda t: p.m[order[t]] * p.v[order[(t + p.k) % 4]], jnp.arange(4))
+
+
+def over_order(p: Pool) -> jax.Array:
+    """A carry of what a constant order reads, one step late."""
+    return lax.scan(lambda c, t: (p.v[t], c * p.m[t]), p.u[0], jnp.asarray(PERMUTED), reverse=p.k > 1)[1]
+
+
 STEPS: dict[str, Callable[[Pool], Any]] = {
+    "convolve grid": convolved,
+    "convolve latents": correlated,
+    "by order": by_order,
+    "over order": over_order,
+    "edges": lambda p: (p.v[FROM] * p.u[TO])[p.k % 2 :][:4],
+    "edges of itself": lambda p: (p.v[FROM] + 2 * p.v[TO])[:4],
+    "loop edges": lambda p: (p.v[SHARED] + 2 * p.v[PERMUTED])[:4],
+    "gather cells by constants": lambda p: p.m[PERMUTED, SHARED] + p.m[SHARED][:, p.k],
+    "gather clipped constants": lambda p: p.m.at[PERMUTED * 2 - 1].get(mode="clip"),
+    "gather dropped constants": lambda p: p.m.at[PERMUTED * 2].get(mode="fill", fill_value=3),
+    "gather by arithmetic": lambda p: p.v[(jnp.arange(4) * 3 + p.k) % 4] + p.u[jnp.arange(4) // 2],
+    "gather by a mask": lambda p: p.v[jnp.where(jnp.asarray(PERMUTED) > 1, jnp.asarray(SHARED), p.k)],
+    "gathers of gathers": lambda p: p.v[PERMUTED][SHARED] * p.v[::-1][PERMUTED],
+    "scatter by constants": lambda p: p.u.at[PERMUTED].set(p.v),
+    "scatter twice": lambda p: jnp.zeros(4, int).at[SHARED].add(p.v) + p.m,
+    "scatter rows": lambda p: p.n.at[SHARED].add(p.m),
+    "scatter cells": lambda p: p.n.at[SHARED, PERMUTED].add(p.v),
+    "scatter outside": lambda p: p.u.at[PERMUTED * 2].add(p.v),
+    "transposed ravel": lambda p: p.m.T.ravel().reshape(2, 8)[:, p.k : p.k + 4].sum(0),
+    "long tile": lambda p: jnp.tile(p.m, (3, 2))[2:6, p.k : p.k + 4],
+    "repeated rows": lambda p: jnp.repeat(p.m, 2, 0)[p.k : p.k + 4],
     "add": lambda p: p.m + p.n * (p.k + 1),
     "outer": lambda p: p.v[:, None] * p.u[None],
     "same outer": lambda p: p.v[:, None] * p.v[None] + p.s,

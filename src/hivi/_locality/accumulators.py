@@ -6,12 +6,12 @@ then be peeled, and the terms are a factor with an axis over the steps.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
@@ -77,9 +77,9 @@ def _scan(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     summed = [s.carry for s in sums]
     kept = [k for k in range(count) if k not in summed]
     extra = [v for s in sums for v, _ in s.parts]
-    small = _jaxprs.rebuild(
-        body, outvars=[*(body.outvars[k] for k in kept), *body.outvars[count:], *extra]
-    )  # what is summed is not read by the terms
+    # What is summed is not read by the terms: without the additions, nothing reads it.
+    small = _jaxprs.rebuild(body, outvars=[*(body.outvars[k] for k in kept), *body.outvars[count:], *extra])
+    small = _jaxprs.trimmed(small)
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         full = list(init)
@@ -94,8 +94,10 @@ def _scan(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     final = dict(zip(kept, last, strict=True))
     terms = iter(stacked[len(stacked) - len(extra) :])
     for s in sums:
-        parts = [sign * jnp.sum(next(terms), 0) for _, sign in s.parts]
-        final[s.carry] = functools.reduce(jnp.add, parts, init[s.carry])
+        final[s.carry] = init[s.carry]
+        for _, sign in s.parts:
+            total = jnp.sum(next(terms), 0 if np.ndim(init[s.carry]) else None)
+            final[s.carry] = final[s.carry] + total if sign > 0 else final[s.carry] - total
     return [*(final[k] for k in range(count)), *stacked[: len(stacked) - len(extra)]]
 
 
@@ -111,13 +113,15 @@ def _sums(body: jex.Jaxpr, eqn: jex.JaxprEqn) -> list[_Sum]:
         start: Any = body.invars[first + k]
         if start.aval.size * eqn.params["length"] > _LARGEST:
             continue
-        parts = _parts(body.outvars[k], start, producer, uses)
+        parts = _parts(body.outvars[k], start, producer, uses, _LARGEST / max(eqn.params["length"], 1))
         if parts:
             found.append(_Sum(k, tuple(parts)))
     return found
 
 
-def _parts(out: Any, start: Any, producer: dict[Any, jex.JaxprEqn], uses: Counter[Any]) -> list[tuple[Any, int]] | None:
+def _parts(
+    out: Any, start: Any, producer: dict[Any, jex.JaxprEqn], uses: Counter[Any], largest: float
+) -> list[tuple[Any, int]] | None:
     """What is added to `start` to get `out`; None where that is not all that happens to it."""
     if not jnp.issubdtype(start.aval.dtype, jnp.floating):
         return None  # counters
@@ -137,8 +141,18 @@ def _parts(out: Any, start: Any, producer: dict[Any, jex.JaxprEqn], uses: Counte
             or other.aval.dtype != start.aval.dtype
         ):
             return None
+        if not start.aval.shape:
+            other = _summed(other, producer, largest)
         parts.append((other, -1 if eqn.primitive.name == "sub" else 1))
     return parts
+
+
+def _summed(v: Any, producer: dict[Any, jex.JaxprEqn], largest: float) -> Any:
+    """The array whose total a scalar is."""
+    eqn: Any = producer.get(v)
+    if eqn is None or eqn.primitive.name != "reduce_sum" or eqn.invars[0].aval.size > largest:
+        return v
+    return _summed(eqn.invars[0], producer, largest)
 
 
 def _path(out: Any, start: Any, producer: dict[Any, jex.JaxprEqn]) -> list[Any] | None:

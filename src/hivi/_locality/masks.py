@@ -74,7 +74,7 @@ def _outside(eqn: jex.JaxprEqn, producer: Mapping[Any, jex.JaxprEqn], touched: s
 def _zero(v: Any, producer: Mapping[Any, jex.JaxprEqn]) -> bool:
     while not isinstance(v, jex.Literal) and v in producer and producer[v].primitive.name in _COPIES:
         v = producer[v].invars[0]
-    return isinstance(v, jex.Literal) and np.ndim(v.val) == 0 and v.val == 0
+    return isinstance(v, jex.Literal) and np.ndim(v.val) == 0 and bool(v.val == 0)
 
 
 def _run(jaxpr: jex.Jaxpr, outside: Mapping[Any, _Outside], args: Sequence[Any]) -> list[Any]:
