@@ -35,6 +35,8 @@ from common import RESULTS, write  # noqa: E402
 from measure import figures  # noqa: E402
 
 import hivi  # noqa: E402
+from hivi._estimators.base import AbstractStrategy  # noqa: E402
+from hivi._space import Site  # noqa: E402
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "bernoulli-paper": bernoulli.paper,
@@ -72,11 +74,17 @@ FAMILIES: dict[str, Maker] = {
 }
 """Name -> family, from a mean-field fit of the problem and its `hivi.curvature` (None where there is none)."""
 
-ESTIMATORS: dict[str, Callable[[], Any]] = {
-    "exact differences": lambda: None,  # Auto: LocalExpectation for finite supports, Difference for counts
-    "score": hivi.Score,
+
+def exact(site: Site) -> AbstractStrategy:
+    """Every value summed where the support is finite and short; else the difference identity of counts."""
+    return hivi.LocalExpectation() if site.values.kind == "finite" else hivi.Difference()
+
+
+ESTIMATORS: dict[str, Callable[[Site], AbstractStrategy]] = {
+    "exact differences": exact,
+    "score": lambda site: hivi.Score(),
 }
-"""Name -> strategy of the discrete sites; a new strategy is a new row."""
+"""Name -> strategy of a discrete site; a new strategy is a new row."""
 
 STEPS, SAMPLES, RATE = 3000, 16, 0.02
 
@@ -100,12 +108,10 @@ def run(name: str, how: str, seed: int, path: Path) -> None:
     wanted = [f for f in FAMILIES if f"{name}|{f}|{how}|{seed}" not in known(path)]
     if wanted:
         problem = PROBLEMS[name]()
-        run_families(problem, problem.target(), wanted, how, ESTIMATORS[how](), seed, path)
+        run_families(problem, problem.target(), wanted, how, seed, path)
 
 
-def run_families(
-    problem: Problem, target: hivi.Target, wanted: list[str], how: str, strategy: Any, seed: int, path: Path
-) -> None:
+def run_families(problem: Problem, target: hivi.Target, wanted: list[str], how: str, seed: int, path: Path) -> None:
     """Families on one problem with one estimator and seed; those that grow share one mean-field fit."""
     k_fit, k_curve, k_measure = jax.random.split(jax.random.key(seed), 3)
     discrete = [s.name for s in target.sites if s.discrete]
@@ -118,7 +124,7 @@ def run_families(
         "tolerance": None,
     }
     first = hivi.fit(target, hivi.MeanField(), key=k_fit, estimator=estimator, **options)
-    found = None if len(discrete) < len(target.sites) else hivi.curvature(first, key=k_curve)
+    found = None if len(estimator) < len(target.sites) else hivi.curvature(first, key=k_curve)
     for label in wanted:
         began = time.monotonic()
         try:
