@@ -19,9 +19,11 @@ from hivi._errors import CorpusError, FitError, LoadError
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
+from hivi.cli.common import NOT_CONVERGED
 from hivi.cli.main import app
 from hivi.reproduce.deep_exponential import QUICK, quick, verdict
 from hivi.reproduce.topic_rows import Clock, Pair, Plan, Row, cut_documents
+from hivi.topics import document_curvature as document_curvature_module
 from hivi.topics.base import Corpus
 from hivi.topics.batches import CorpusSource, Counts
 from hivi.topics.document_curvature import at_views, document_curvature
@@ -31,7 +33,7 @@ from hivi.topics.heldout import Scores, make_split
 from hivi.topics.model import Architecture, build_target, corpus_statistics
 from hivi.topics.passes import watching
 from hivi.topics.provenance import Provenance, provenance, signatures
-from hivi.topics.scoring import HeldOut
+from hivi.topics.scoring import HeldOut, hold_out
 from hivi.topics.show import alive, as_text, composition, hierarchy, rank_words, unit_shares
 
 DOCUMENTS, WORDS = 60, 40
@@ -68,11 +70,11 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A model of one layer after two passes."""
+    """A model of one layer after two passes; mean-field compiles in half of the time."""
     folder = tmp_path_factory.mktemp("topics")
     corpus = write_uci(folder / "docword.tiny.txt", counts())
     (folder / "vocab.tiny.txt").write_text("\n".join(VOCABULARY))
-    options = ("--layers", "4", "--passes", 2, "--warm-up", 0, "--out", folder / "run", "--json")
+    options = ("--layers", "4", "--family", "mean-field", "--passes", 2, "--warm-up", 0, "--out", folder / "run", "--json")
     return Trained(hivi_command("topics", "fit", corpus, *options), folder / "run", corpus)
 
 
@@ -80,8 +82,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def test_fit_says_what_it_did(trained: Trained) -> None:
-    assert trained.result.exit_code == 0, trained.result.output
+    assert trained.result.exit_code == NOT_CONVERGED, trained.result.output  # two passes say nothing about how they end
+    assert "not converged" in trained.result.stderr
     found = last_json(trained.result)
+    assert found["converged"] is False
     assert found["documents"] == 54
     assert found["held_out"] == 6
     assert found["layers"] == [4]
@@ -92,6 +96,15 @@ def test_fit_says_what_it_did(trained: Trained) -> None:
     for text in ("6 kept out", "units in use", "tokens/s", f"hivi topics show {trained.run}"):
         assert text in trained.result.stderr
     assert f"hivi topics evaluate {trained.run} {trained.corpus}" in trained.result.stderr
+
+
+def test_a_fit_that_has_levelled_off_ends_with_0(trained: Trained, tmp_path: Path) -> None:
+    options = ("--layers", "4", "--passes", 60, "--warm-up", 10, "--out", tmp_path, "--json")
+    result = hivi_command("topics", "fit", trained.corpus, *options)  # of the default family
+    assert result.exit_code == 0, result.output
+    assert last_json(result)["converged"] is True
+    assert "not converged" not in result.stderr
+    assert DeepExponentialFamily.load(tmp_path).converged_ is True
 
 
 def test_evaluate_on_its_own_corpus_uses_the_documents_kept_out(trained: Trained) -> None:
@@ -163,6 +176,34 @@ def test_show(trained: Trained) -> None:
     assert plain.exit_code == 0
     assert "words by probability" in plain.stdout
     assert "more" not in plain.stdout
+
+
+def test_show_what_python_saved(trained: Trained, tmp_path: Path) -> None:
+    """The same topics; what only the training documents tell is left out, and a line says so."""
+    model = DeepExponentialFamily.load(trained.run)
+    model.save(tmp_path / "bare")
+    right = hivi_command("topics", "show", trained.run, "--json")
+    found = hivi_command("topics", "show", tmp_path / "bare", "--json")
+    assert found.exit_code == 0, found.output
+    assert last_json(found)["layers"] == last_json(right)["layers"]
+    assert "saved from Python" in found.stderr
+    assert "saved from Python" not in right.stderr
+    refused = hivi_command("topics", "evaluate", tmp_path / "bare", trained.corpus)
+    assert refused.exit_code == 1
+    assert "without its training documents" in refused.stderr
+    assert "completion_perplexity" in refused.stderr
+    model.vocabulary_ = None
+    model.save(tmp_path / "numbers")
+    numbers = hivi_command("topics", "show", tmp_path / "numbers", "--json")
+    assert numbers.exit_code == 0, numbers.output
+    assert "no vocabulary was saved" in numbers.stderr
+    assert "no vocabulary" not in found.stderr
+    for topic, named in zip(last_json(numbers)["layers"][0], last_json(right)["layers"][0], strict=True):
+        assert [VOCABULARY[int(v)] for v in topic["words"]] == named["words"]
+    shutil.copy(trained.run / "training.json", tmp_path / "bare")
+    broken = hivi_command("topics", "show", tmp_path / "bare")
+    assert broken.exit_code == 1
+    assert "training.npz" in broken.stderr
 
 
 @pytest.mark.parametrize(
@@ -379,6 +420,35 @@ def test_differences_are_taken_at_each_terms_own_view() -> None:
         brute = total({**z, site: z[site].at[where].add(1)}) - total(z)
         assert float(found[where]) == pytest.approx(brute, abs=2e-3)
     assert jnp.all(jnp.isfinite(found))
+
+
+class Given(Exception):
+    """The documents that a function was called with."""
+
+
+def test_stored_zeros_are_no_words(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bernoulli observations take every stored entry for a word; the user's matrix stays as it was."""
+    model = DeepExponentialFamily.load(trained.run)._trained
+    model = dataclasses.replace(model, architecture=Architecture(layers=(4,), observations="bernoulli"))
+    clean = sp.csr_array(counts(documents=4))
+    given = clean.copy()
+    given.data[::2] = 0
+    clean = sp.csr_array(given.toarray())
+    assert clean.nnz < given.nnz
+    right, found = (hold_out(model, x, x, passes=0, samples=1) for x in (clean, given))
+    np.testing.assert_array_equal(found.observed, right.observed)
+    np.testing.assert_array_equal(found.bounds, right.bounds)
+    np.testing.assert_array_equal(found.scores.log_likelihood, right.scores.log_likelihood)
+
+    def seen(fit: Any, documents: Counts, *args: Any, **options: Any) -> None:
+        raise Given(documents)
+
+    monkeypatch.setattr(document_curvature_module, "opened", seen)
+    flat = dataclasses.replace(model, family=MeanField())
+    with pytest.raises(Given) as raised:
+        document_curvature(flat, given, key=jax.random.key(0))
+    assert raised.value.args[0].indptr[-1] == clean.nnz
+    assert given.nnz > clean.nnz
 
 
 def test_the_curvature_of_documents_refuses(trained: Trained) -> None:

@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from jax import Array
 from scipy import special, stats
 
+from hivi._errors import TargetError
 from hivi._estimators.base import Evaluation, Part
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
 from hivi._fit.stream import with_rows
@@ -305,6 +306,14 @@ def test_minibatches_average_to_the_whole(latent, x64):
 
 
 # Locality
+
+
+def test_a_level_is_a_probability_where_latents_are_bernoulli():
+    for level in (1.0, 3.0):
+        with pytest.raises(TargetError, match=r"Priors\(level=.*Bernoulli"):
+            Architecture((2,), latent="bernoulli", priors=Priors(level=level))
+        Architecture((2,), latent="poisson", priors=Priors(level=level))
+    Architecture((2,), latent="bernoulli", priors=Priors(level=0.99))
 
 
 def moves(z: np.ndarray, latent: str) -> np.ndarray:

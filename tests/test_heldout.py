@@ -168,6 +168,13 @@ def test_scores_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert single == pytest.approx(scores.perplexity, rel=1e-5)
 
 
+def test_a_stored_zero_is_no_token() -> None:
+    """Where it was held impossible, 0 log 0 would be NaN; the user's matrix stays as it was."""
+    held = sp.csr_array(([1, 0], ([0, 0], [0, 1])), shape=(1, 2))
+    assert perplexity(np.ones((1, 1)), np.array([[1.0, 0.0]]), held) == 1.0
+    assert held.nnz == 2
+
+
 def test_an_impossible_word_makes_the_perplexity_infinite() -> None:
     assert perplexity(np.ones((1, 1)), np.array([[1.0, 0.0]]), sp.csr_array(np.array([[0, 1]]))) == math.inf
 

@@ -7,6 +7,7 @@ with a gate on precision first.
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import equinox as eqx
@@ -30,12 +31,13 @@ from hivi._fit.stream import Schedule, conditioned, with_rows
 from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import advance
 from hivi._target.base import Target
-from hivi.topics import fitting
+from hivi.topics import fitting, trained
 from hivi.topics.base import Corpus
 from hivi.topics.model import Architecture, Priors, deep_exponential_family
 from test_proper_weighting import mean_is_one, ratios
 from test_unbiased import agree, flat, means
 
+KEY = jax.random.key(0)
 PRIORS = Priors(floor=0.2, topic_shape=0.4, level=0.4)
 SHARED = hivi.Hierarchical(prior=hivi.Flow(layers=1), auxiliary=hivi.InverseFlow(layers=1), shared=True)
 
@@ -271,6 +273,32 @@ def test_growing_starts_at_the_mean_field_bound(mean_field):
     fitting.train(grown, 40, rng=np.random.default_rng(1))
     after, error_after = bound_of(grown)
     assert after > before - 2 * np.hypot(error, error_after), (before, after, error_after)
+
+
+def test_a_mean_over_documents_holds_one_block(mean_field, monkeypatch):
+    """Right, and of the size of a block of documents, not of all; `posterior_means` is the control."""
+    stream = fitting.opened(mean_field, corpus(70, 8), 16, key=jax.random.key(0))
+    each = fitting.posterior_means(stream, ARCHITECTURE, key=KEY)[0]
+    assert each.shape == (70, 2)
+    np.testing.assert_allclose(trained.unit_means(stream, ARCHITECTURE, KEY)[0], each.mean(0), rtol=1e-5)
+    units, wide = 4000, Architecture((4000,))
+
+    def latent_means(target: Any, proposal: Any, key: Any, a: Any, samples: int) -> dict[str, Array]:
+        return {"z1": jnp.ones((16, units))}
+
+    def peak(read: Any) -> float:
+        """Of memory, in arrays of documents times units."""
+        read()
+        tracemalloc.start()
+        read()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found / (70 * units * 4)
+
+    for module in (fitting, trained):
+        monkeypatch.setattr(module, "latent_means", latent_means)
+    assert peak(lambda: trained.unit_means(stream, wide, KEY)) < 0.8
+    assert peak(lambda: fitting.posterior_means(stream, wide, key=KEY)) > 1.0
 
 
 # Inference networks

@@ -9,40 +9,74 @@ from typing import NamedTuple
 import numpy as np
 import typer
 
+from hivi._errors import LoadError, message
 from hivi.topics.base import Corpus
 from hivi.topics.corpora import read_corpus
 from hivi.topics.embedded import python_docstrings
 from hivi.topics.estimator import DeepExponentialFamily
-from hivi.topics.provenance import Provenance
+from hivi.topics.provenance import ARRAYS, META, Provenance
 from hivi.topics.scan import read_vocabulary
 
 EMBEDDED = "python-docstrings"
 
 
 class Run(NamedTuple):
-    """A trained model, and what it was trained on."""
+    """A trained model, and what it was trained on, where that is known: not of one that was saved from Python."""
 
     model: DeepExponentialFamily
-    provenance: Provenance
+    provenance: Provenance | None
+    folder: Path
 
-    def save(self, folder: Path) -> None:
+    def save(self) -> None:
         """Write both to one folder."""
-        self.model.save(folder)
-        self.provenance.save(folder)
+        self.model.save(self.folder)
+        self.training.save(self.folder)
+
+    @property
+    def training(self) -> Provenance:
+        """What it was trained on.
+
+        Raises:
+            LoadError: it was saved from Python.
+        """
+        if self.provenance is None:
+            found = "a model that DeepExponentialFamily.save wrote, without its training documents"
+            cure = "train by `hivi topics fit`, or call the model's completion_perplexity in Python"
+            raise LoadError(message(str(self.folder), found, "a folder that `hivi topics fit` wrote", cure))
+        return self.provenance
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
         """The words, or their numbers."""
-        return self.provenance.vocabulary or tuple(str(v) for v in range(self.provenance.n_words))
+        return self.model.vocabulary_ or tuple(str(v) for v in range(self.model.n_features_in_))
+
+    @property
+    def frequencies(self) -> np.ndarray:
+        """Of the words in the training documents."""
+        return np.asarray(self.model._trained.statistics["frequencies"], np.float64)
+
+    def missing(self) -> list[str]:
+        """What is not known of it, and what would make it known, in lines."""
+        found = []
+        if self.model.vocabulary_ is None:
+            cure = "pass a vocabulary to DeepExponentialFamily.save, or --vocab to `hivi topics fit`"
+            found.append(f"no vocabulary was saved, so words are shown by their numbers, from 0; {cure}")
+        if self.provenance is None:
+            found.append(
+                "saved from Python: the number of its training documents, and which were kept out, is not known"
+            )
+        return found
 
 
 def load_run(folder: Path) -> Run:
-    """What `Run.save` wrote.
+    """What `Run.save` or `DeepExponentialFamily.save` wrote.
 
     Raises:
-        LoadError: no such run.
+        LoadError: no such run, or a broken one.
     """
-    return Run(DeepExponentialFamily.load(folder), Provenance.load(folder))
+    model = DeepExponentialFamily.load(folder)
+    told = any((folder / name).exists() for name in (META, ARRAYS))
+    return Run(model, Provenance.load(folder) if told else None, folder)
 
 
 def load_corpus(name: str, vocab: Path | None, known: tuple[str, ...] | None = None) -> Corpus:

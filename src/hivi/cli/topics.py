@@ -13,11 +13,11 @@ import typer
 
 from hivi._fit.progress import plain_lines
 from hivi._fit.result import Estimate
-from hivi.cli.common import CODES, Json, Seed, console, failures, print_json, show_table
+from hivi.cli.common import CODES, NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
 from hivi.cli.runs import EMBEDDED, Run, load_corpus, load_run, parse_layers, take_share
 from hivi.topics.base import Corpus
 from hivi.topics.document_scores import Scored, score_run
-from hivi.topics.estimator import DeepExponentialFamily
+from hivi.topics.estimator import FAMILY, DeepExponentialFamily
 from hivi.topics.passes import watching
 from hivi.topics.provenance import provenance
 from hivi.topics.show import Rank, alive, as_text, hierarchy, unit_shares
@@ -58,6 +58,10 @@ class Family(enum.StrEnum):
     mean_field = "mean-field"
     hierarchical = "hierarchical"
     amortised = "amortised"
+
+
+DEFAULT_FAMILY = Family(FAMILY)
+"""The estimator's."""
 
 
 class By(enum.StrEnum):
@@ -115,9 +119,9 @@ def fit(
     family: Annotated[
         Family,
         choice(
-            Family, "--family", "Of a document's latents; hierarchical grows from mean-field, amortised is a network."
+            Family, "--family", "Of a document's latents; amortised is a network, hierarchical grows from mean-field."
         ),
-    ] = Family.mean_field,
+    ] = DEFAULT_FAMILY,
     passes: Annotated[int, typer.Option("--passes", min=1, help="Passes over the corpus, warm-up included.")] = 120,
     warm_up: Annotated[
         int,
@@ -138,7 +142,8 @@ def fit(
 
     Progress goes to standard error: a bar on a terminal, elsewhere a line every ten seconds. A tenth of the documents is
     kept out of training (`--hold-out`), so that `hivi topics evaluate` has documents that the model has not seen; RUN
-    remembers which.
+    remembers which. All passes are done; where the bound was still rising by more than its noise over the last quarter of
+    those after the warm-up, the model is saved and the exit code is 3.
 
     Example: `hivi topics fit docword.news.txt.gz --layers 50,10 --out runs/news`
     """
@@ -156,9 +161,11 @@ def fit(
         with plain_lines(), watching("topics fit", passes, train.n_tokens) as watch:
             model.fit(train, watch=watch)
         seconds = time.monotonic() - began
-        run = Run(model, story)
-        run.save(out)
+        run = Run(model, story, out)
+        run.save()
         _show_fit(run, train, seconds, corpus, out, json)
+    if not model.converged_:
+        raise typer.Exit(NOT_CONVERGED)
 
 
 @app.command(epilog=CODES)
@@ -192,19 +199,19 @@ def evaluate(
     """
     with failures():
         trained = load_run(run)
-        name = corpus or trained.provenance.name
+        name = corpus or trained.training.name
         if corpus is None and name != EMBEDDED:
             text = f"say which; {run} was trained on {name!r}"
             raise typer.BadParameter(text, param_hint="'CORPUS'")
-        whole = load_corpus(name, vocab, trained.provenance.vocabulary)
-        unseen = trained.provenance.test_documents(whole)
+        whole = load_corpus(name, vocab, trained.training.vocabulary)
+        unseen = trained.training.test_documents(whole)
         if peers and unseen.train is None:
             text = "LDA and NMF need the training documents: evaluate on the corpus that RUN was trained on"
             raise typer.BadParameter(text, param_hint="'--peers'")
         test = take_share(unseen.documents, documents, seed)
         began = time.monotonic()
         found = score_run(
-            trained.model, whole, test, unseen.train if peers else None, trained.provenance.totals,
+            trained.model, whole, test, unseen.train if peers else None, trained.training.totals,
             heldout=0.9 if reverse else 0.1, seed=seed, passes=passes,
         )  # fmt: skip
         part = "" if len(test) == len(unseen.documents) else f", of which {len(test)} were drawn"
@@ -226,7 +233,8 @@ def show(
     """Topics by their words, and super-topics by the topics that they are made of.
 
     A layer's units come by their share of the tokens. Words are ranked by relevance (probability in the topic, and how
-    much higher that is than in the corpus), or by probability alone. `--seed` has no effect here.
+    much higher that is than in the corpus), or by probability alone. RUN may also be what
+    `hivi.DeepExponentialFamily.save` wrote in Python. `--seed` has no effect here.
 
     Example: `hivi topics show runs/news --top 10`
     """
@@ -234,12 +242,13 @@ def show(
     with failures():
         found = load_run(run)
         rank: Rank = "relevance" if by is By.relevance else "probability"
-        totals = found.provenance.totals + 1.0
-        frequencies = totals / totals.sum() if rank == "relevance" else None
+        frequencies = found.frequencies if rank == "relevance" else None
         weights = [w.T for w in found.model.layer_components_]
         shares = unit_shares(weights, found.model.layer_means_)
         layers = hierarchy(weights, found.vocabulary, shares, frequencies, words=words, children=children, top=top)
     say = console(to_stderr=json)
+    for line in found.missing():
+        say.print(line, style="yellow", markup=False, soft_wrap=True)
     for number, units in enumerate(layers, 1):
         name = "topics" if number == 1 else f"layer {number}: super-topics, and the parts that each is made of"
         used = f"{alive(shares[number - 1])} of {len(shares[number - 1])} in use"
@@ -255,6 +264,9 @@ def show(
             "alive": [alive(s) for s in shares],
             "layers": [[dataclasses.asdict(t) for t in units] for units in layers],
         })  # fmt: skip
+
+
+_RISING = "not converged: the bound was still rising, or the passes are too few to tell; take more --passes"
 
 
 def _intention(whole: Corpus, train: Corpus, hold_out: float) -> str:
@@ -274,6 +286,7 @@ def _show_fit(run: Run, train: Corpus, seconds: float, corpus: str, out: Path, a
         f"bound {bound:.6g} nats ({bound / max(train.n_tokens, 1):.4f} per token; mean of the last pass)",
         f"units in use, by layer: {live}",
         f"{model.n_iter_} passes in {seconds:.1f} s, compilation included ({speed:,.0f} tokens/s)",
+        *(() if model.converged_ else (_RISING,)),
         f"saved in {out}; next:",
         f"  hivi topics show {out}",
         f"  hivi topics evaluate {out}{'' if corpus == EMBEDDED else f' {corpus}'}",
@@ -282,6 +295,7 @@ def _show_fit(run: Run, train: Corpus, seconds: float, corpus: str, out: Path, a
     if as_json:
         print_json({
             "run": str(out),
+            "converged": model.converged_,
             "bound": bound if np.isfinite(bound) else None,
             "alive": used,
             "layers": [len(s) for s in shares],
@@ -289,7 +303,7 @@ def _show_fit(run: Run, train: Corpus, seconds: float, corpus: str, out: Path, a
             "seconds": round(seconds, 2),
             "tokens_per_second": round(speed),
             "documents": train.n_documents,
-            "held_out": run.provenance.n_documents - train.n_documents,
+            "held_out": run.training.n_documents - train.n_documents,
         })  # fmt: skip
 
 

@@ -29,8 +29,8 @@ class Priors:
     Attributes:
         topic_shape: shape of the Gamma prior of the words' weights; below 1 for sparse topics.
         layer_shape: shape of the Gamma prior of the weights between layers.
-        level: mean of every latent a priori (rate, probability or mean); the rates of the weights' priors follow from it
-            and from the corpus, so that the model expects documents of the length that it meets.
+        level: mean of every latent a priori (rate, probability or mean), below 1 for Bernoulli latents; the rates of the
+            weights' priors follow from it and from the corpus, so that the model expects documents of the length that it meets.
         gamma_shape: shape of Gamma latents; below 1 for sparse ones.
         floor: share of a document that comes from the corpus' own word frequencies, whatever its topics.
         layer_floor: least rate (or mean) of a latent, as a share of `level`.
@@ -92,6 +92,12 @@ class Architecture:
         _check("latent", self.latent, self.latent in SUPPORTS, f"one of {list(SUPPORTS)}")
         _check("observations", self.observations, self.observations in ("poisson", "bernoulli"), "poisson or bernoulli")
         _check("weights", self.weights, self.weights in ("gamma", "normal"), "gamma or normal")
+        if self.latent == "bernoulli" and not self.priors.level < 1:
+            found, cure = (
+                f"{self.priors.level!r} with Bernoulli latents",
+                "correct the number, or take latent='poisson'",
+            )
+            raise TargetError(message("Priors(level=...)", found, "a probability, below 1", cure))
 
     @property
     def depth(self) -> int:

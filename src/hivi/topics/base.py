@@ -314,6 +314,24 @@ class Corpus:
         (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
 
+def as_counts(X: Any, dtype: Any = None) -> sp.csr_array:
+    """Rows with each word once, in order, and no stored zeros; the matrix itself is not changed.
+
+    Example:
+        >>> import scipy.sparse as sp
+        >>> from hivi.topics.base import as_counts
+        >>> given = sp.csr_array(([2, 0, 1], ([0, 0, 0], [1, 2, 1])), shape=(1, 3))  # a zero, and a word given twice
+        >>> as_counts(given).data, given.nnz
+        (array([3]), 2)
+    """
+    rows = sp.csr_array(X, dtype=dtype)
+    if not rows.has_canonical_format or not rows.data.all():
+        rows = rows.copy()  # else its arrays may be those of X
+        rows.sum_duplicates()
+        rows.eliminate_zeros()
+    return rows
+
+
 def allocate(nonzeros: int, folder: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
     """Writable indices and counts: in memory, or as .npy files in a folder, for `Corpus.finish`."""
     if folder is None:

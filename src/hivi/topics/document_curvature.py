@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Array
 
 from hivi._bounds import Elbo
@@ -21,6 +20,7 @@ from hivi._fit.streaming import advance
 from hivi._space import Latents
 from hivi._target.base import Target
 from hivi._tree import Key
+from hivi.topics.base import as_counts
 from hivi.topics.batches import Counts
 from hivi.topics.fitting import opened, strategies
 from hivi.topics.trained import Trained
@@ -56,7 +56,7 @@ def document_curvature(
     if not isinstance(trained.family, MeanField):
         found, cure = f"a model trained with {trained.family}", "train with --family mean-field"
         raise FitError(message("the curvature of documents", found, "mean-field", cure))
-    rows = sp.csr_array(counts)
+    rows = as_counts(counts)
     stream = opened(trained.fit, Counts(rows), rows.shape[0], key=key)
     target, (ids,) = stream.target, stream.source.blocks()
     chosen = strategies(target, stream.proposal(ids))

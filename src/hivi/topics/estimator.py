@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from scipy.special import gammaln
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
@@ -18,19 +17,21 @@ from hivi._errors import CorpusError, FamilyError, TargetError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
-from hivi.topics.base import Corpus
+from hivi.topics.base import Corpus, as_counts
 from hivi.topics.batches import Counts
 from hivi.topics.coherence import liveness
 from hivi.topics.fitting import Inference, amortised, hierarchical
 from hivi.topics.heldout import perplexity
 from hivi.topics.model import Architecture, Priors
-from hivi.topics.passes import Watch, watching
+from hivi.topics.passes import Watch, levelled_off, watching
 from hivi.topics.scoring import predictive
 from hivi.topics.storage import load_model, save_model
 from hivi.topics.trained import Trained, absorb, blank, infer, latents, learn, mean_latents, without_documents
 
 OVERFLOW, BLOCK = 700.0, 4096
 NUMBERS = [np.float64, np.float32, np.int64, np.int32]
+FAMILY = "amortised"
+"""Of a document's latents, unless another is asked for."""
 PREDEFINED: dict[str, Callable[[Architecture], AbstractFamily]] = {
     "mean-field": lambda _: MeanField(),
     "hierarchical": lambda _: hierarchical(),
@@ -49,9 +50,9 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         latent: "poisson", "bernoulli" (sigmoid belief network) or "gamma".
         observations: "poisson" counts of words, or "bernoulli" for whether a word occurs.
         weights: "gamma", or "normal" through a softplus.
-        family: variational family of a document's latents: None or "mean-field"; "amortised", an inference network, which gives
-            the best perplexities; "hierarchical"; or `hivi.MeanField()` or a `hivi.Hierarchical(..., shared=True)`, which
-            grows from a mean-field fit.
+        family: variational family of a document's latents: "amortised" (or None), an inference network, which gives the best
+            perplexities; "mean-field", parameters per document, whose bound is a little higher; "hierarchical"; or
+            `hivi.MeanField()` or a `hivi.Hierarchical(..., shared=True)`, which grows from a mean-field fit.
         priors: hyperparameters, `hivi.topics.Priors`; its defaults if None.
         passes: passes over the documents in `fit`, warm-up included.
         warm_up: passes at the start with point estimates of the weights; at most half of `passes`.
@@ -72,6 +73,8 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         layer_means_: mean of each unit of every layer over the documents.
         bound_history_: the bound at every pass, in nats: the mean over its minibatches. In the warm-up without the entropy of
             weights; after `partial_fit`, for all `total_documents`.
+        converged_: whether the bound had levelled off at the end of `fit`, see `hivi.topics.passes.levelled_off`; if not, more
+            passes would help. None after `partial_fit`, where every part has its own bound.
         n_iter_: passes over the data so far.
         n_features_in_: number of words.
         feature_names_in_: the words, where X is a data frame.
@@ -100,7 +103,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         latent: Any = "poisson",
         observations: Any = "poisson",
         weights: Any = "gamma",
-        family: Any = None,
+        family: Any = FAMILY,
         priors: Any = None,
         passes: Any = 120,
         warm_up: Any = 60,
@@ -139,15 +142,16 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         architecture, family = self._architecture(), self._family()
         documents = self._documents(X, "fit", reset=True)
         _some_words(documents)
-        seed = self._seed()
+        seed, warm_up = self._seed(), min(self.warm_up, self.passes // 2)
         shown = bool(self.verbose) and watch is None
         with plain_lines(), watching("topics", self.passes, documents.n_tokens, shown) as progress:
             fit = learn(
-                documents, architecture, family, seed=seed, passes=self.passes, warm_up=min(self.warm_up, self.passes // 2),
+                documents, architecture, family, seed=seed, passes=self.passes, warm_up=warm_up,
                 batch=self.batch_size, watch=progress if watch is None else watch,
             )  # fmt: skip
         self._set(without_documents(fit, documents.n_documents, seed), mean_latents(fit, seed))
         self.bound_history_ = np.nanmean(fit.elbo.reshape(self.passes, -1), axis=1)
+        self.converged_: bool | None = levelled_off(self.bound_history_[warm_up:])
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> DeepExponentialFamily:
@@ -176,7 +180,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             trained, history = self._trained, self.bound_history_
         moved, bound, means = absorb(trained, documents, batch=self.batch_size, passes=self.transform_passes)
         self._set(moved, means)
-        self.bound_history_ = np.append(history, bound)
+        self.bound_history_, self.converged_ = np.append(history, bound), None
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -242,16 +246,22 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """
         check_is_fitted(self)
         mixture, topics = predictive(self._trained.fit, self._infer(self._documents(observed, "completion_perplexity")))
-        counts = heldout.to_csr() if isinstance(heldout, Corpus) else sp.csr_array(heldout)
-        return perplexity(mixture, topics, counts)
+        return perplexity(mixture, topics, heldout.to_csr() if isinstance(heldout, Corpus) else heldout)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the fitted model to a folder, without pickle; see `DeepExponentialFamily.load`.
+    def save(self, folder: str | Path, vocabulary: Iterable[str] | None = None) -> None:
+        """Write the fitted model to a folder, without pickle; see `DeepExponentialFamily.load`, and `hivi topics show`.
 
         A `random_state` that is no int is not saved.
+
+        Args:
+            folder: where.
+            vocabulary: the words, for a model that was fitted without them, such as the last step of a pipeline.
+
+        Raises:
+            CorpusError: more or fewer words than the model has columns, or it knows its words.
         """
         check_is_fitted(self)
-        save_model(self, folder)
+        save_model(self, folder, vocabulary)
 
     @classmethod
     def load(cls, folder: str | Path) -> DeepExponentialFamily:
@@ -294,7 +304,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return Architecture(layers, self.latent, self.observations, self.weights, priors)
 
     def _family(self) -> AbstractFamily:
-        chosen = "mean-field" if self.family is None else self.family
+        chosen = FAMILY if self.family is None else self.family
         if isinstance(chosen, AbstractFamily):
             return chosen
         if isinstance(chosen, str) and chosen in PREDEFINED:
@@ -312,12 +322,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if reset:
             names = getattr(self, "feature_names_in_", None)
             self.vocabulary_ = None if names is None else tuple(map(str, names))
-        rows = sp.csr_array(X)
-        if not rows.has_canonical_format or not rows.data.all():
-            rows = rows.copy()
-            rows.sum_duplicates()
-            rows.eliminate_zeros()
-        return Counts(rows)
+        return Counts(as_counts(X))
 
     def _corpus(self, corpus: Corpus, reset: bool) -> Corpus:
         if reset:

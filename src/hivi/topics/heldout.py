@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64, Int64, Real
 
 from hivi._errors import CorpusError, message
 from hivi._fit.result import Estimate
-from hivi.topics.base import Corpus
+from hivi.topics.base import Corpus, as_counts
 
 CHUNK = 2**23
 """Numbers held at a time while scoring."""
@@ -171,7 +171,7 @@ def log_scores(mixture: Real[np.ndarray, "n k"], topics: Real[np.ndarray, "k v"]
         >>> log_scores(np.eye(2), np.array([[1.0, 1.0], [1.0, 3.0]]), heldout)
         Scores(log_likelihood=array([-1.38629436, -0.28768207]), tokens=array([2, 1]))
     """
-    counts = sp.csr_array(heldout, dtype=np.int64)
+    counts = as_counts(heldout, np.int64)
     n, k, v = len(mixture), len(topics), topics.shape[1]
     if mixture.shape[1] != k or counts.shape != (n, v):
         found = f"mixture {mixture.shape}, topics {topics.shape} and held-out counts {counts.shape}"

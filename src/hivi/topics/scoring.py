@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Float64, Int64
 
+from hivi.topics.base import as_counts
 from hivi.topics.batches import Counts
 from hivi.topics.fitting import Inference, TopicFit
 from hivi.topics.heldout import Scores, log_scores
@@ -56,7 +56,7 @@ def hold_out(trained: Trained, observed: Any, heldout: Any, *, passes: int | Non
         passes: gradient steps per document; None as `hivi.topics.infer` takes it.
         samples: draws per document for the bound.
     """
-    seen = sp.csr_array(observed)
+    seen = as_counts(observed)
     inference = infer(trained, Counts(seen), passes=passes, samples=samples)
     mixture, topics = predictive(trained.fit, inference)
     each: Any = seen.sum(axis=1) if trained.architecture.observations == "poisson" else np.diff(seen.indptr)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hivi._errors import HiviError, LoadError, message
+from hivi._errors import CorpusError, HiviError, LoadError, message
 from hivi._fit import store
+from hivi.topics.base import check_vocabulary
 from hivi.topics.model import Architecture, Priors
 from hivi.topics.trained import Trained
 
@@ -18,12 +20,16 @@ FORMAT = 1
 PLAIN = ("documents", "steps", "settled", "passes", "seed")
 
 
-def save_model(estimator: Any, folder: str | Path) -> None:
+def save_model(estimator: Any, folder: str | Path, vocabulary: Iterable[str] | None = None) -> None:
     """Write a fitted `DeepExponentialFamily` to one file of a folder, made if there is none; an older one is replaced.
 
     Args:
         estimator: the fitted estimator.
         folder: where.
+        vocabulary: the words, where the estimator does not know them.
+
+    Raises:
+        CorpusError: it knows them, or there are not as many.
 
     Example:
         >>> import tempfile, numpy as np
@@ -37,6 +43,7 @@ def save_model(estimator: Any, folder: str | Path) -> None:
         True
     """
     trained: Trained = estimator._trained
+    words = _words(estimator, vocabulary)
     arrays = {f"state/{name}": array for name, array in trained.arrays.items()}
     arrays |= {f"statistics/{name}": np.asarray(array) for name, array in trained.statistics.items()}
     arrays |= {f"means/{k}": np.asarray(mean) for k, mean in enumerate(estimator.layer_means_)}
@@ -48,10 +55,23 @@ def save_model(estimator: Any, folder: str | Path) -> None:
         "architecture": dataclasses.asdict(trained.architecture),
         "family": store.encode(trained.family),
         **{name: getattr(trained, name) for name in PLAIN},
-        "vocabulary": estimator.vocabulary_,
+        "converged": estimator.converged_,
+        "vocabulary": words,
         "named": names is not None,
     }
     store.write(Path(folder), NAME, arrays, meta)
+
+
+def _words(estimator: Any, vocabulary: Iterable[str] | None) -> tuple[str, ...] | None:
+    known: tuple[str, ...] | None = estimator.vocabulary_
+    if vocabulary is None:
+        return known
+    if known is not None:
+        found, cure = f"a vocabulary for a model that knows its {len(known)} words", "leave it out"
+        raise CorpusError(message("save(vocabulary=...)", found, "a model that was fitted without words", cure))
+    words = tuple(map(str, vocabulary))
+    check_vocabulary("save(vocabulary=...)", words, estimator.n_features_in_)
+    return words
 
 
 def load_model(folder: str | Path, cls: type) -> Any:
@@ -93,7 +113,7 @@ def _restored(cls: Any, arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> 
     estimator.vocabulary_ = None if meta["vocabulary"] is None else tuple(meta["vocabulary"])
     if meta["named"]:
         estimator.feature_names_in_ = np.asarray(meta["vocabulary"], dtype=object)
-    estimator.bound_history_ = arrays["bound"]
+    estimator.bound_history_, estimator.converged_ = arrays["bound"], meta.get("converged")
     estimator._set(trained, [arrays[f"means/{k}"] for k in range(architecture.depth)])
     return estimator
 

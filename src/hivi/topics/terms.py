@@ -78,7 +78,7 @@ class Terms:
         a, name, value = self.architecture, z_name(layer), self.value(layer, z)
         top = layer == a.depth
         if a.latent == "bernoulli":
-            logit = np.log(a.priors.level) - np.log1p(-a.priors.level) if a.priors.level < 1 else 0.0
+            logit = np.log(a.priors.level) - np.log1p(-a.priors.level)
             eta = jnp.full(value.shape, logit) if top else self.eta(layer, z)
             return {f"{name}.logit": value * eta - jax.nn.softplus(eta)}
         eta = jnp.full(value.shape, a.priors.level) if top else self.eta(layer, z)

@@ -17,7 +17,7 @@ from hivi._families.base import AbstractFamily
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._fit import store
-from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule
+from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule, at_blocks
 from hivi._fit.streaming import Stream, advance, open_stream
 from hivi._space import Plate
 from hivi._target.base import Target
@@ -29,6 +29,7 @@ from hivi.topics.fitting import (
     TopicFit,
     grow,
     inferred,
+    latent_means,
     posterior_means,
     proposal_for,
     read,
@@ -36,7 +37,7 @@ from hivi.topics.fitting import (
     strategies,
     train,
 )
-from hivi.topics.model import Architecture, build_target, corpus_statistics
+from hivi.topics.model import Architecture, build_target, corpus_statistics, z_name
 from hivi.topics.passes import Watch
 
 SAMPLES = 4
@@ -217,8 +218,14 @@ def mean_latents(fit: TopicFit, seed: int) -> list[Float[np.ndarray, " _"]]:
 
 
 def unit_means(stream: Stream, architecture: Architecture, key: Key) -> list[Float[np.ndarray, " _"]]:
-    """E[z] of every unit of each layer, on average over a stream's documents."""
-    return [z.mean(axis=0, dtype=np.float64) for z in posterior_means(stream, architecture, key=key)]
+    """E[z] of every unit of each layer, on average over a stream's documents; in memory there is one block of them."""
+    sums = {z_name(k): np.zeros(units) for k, units in enumerate(architecture.layers, 1)}
+    for number, (ids, here) in enumerate(at_blocks(stream.target)):
+        block = jax.random.fold_in(key, number)
+        means = latent_means(here, stream.proposal(ids), block, architecture, MEAN_SAMPLES)
+        for name, total in sums.items():
+            total += np.asarray(means[name])[ids >= 0].sum(axis=0, dtype=np.float64)
+    return [total / max(stream.source.rows, 1) for total in sums.values()]
 
 
 def _opened(trained: Trained, target: Target, key: Key) -> Stream:
