@@ -483,9 +483,9 @@ FROM, TO = np.array([0, 1, 2, 3, 1]), np.array([2, 3, 0, 1, 0])
 
 def convolved(p: Pool) -> jax.Array:
     kernel = jnp.asarray(TABLE[None, None, :3, : 2 + p.k % 2], jnp.int32)
-    return lax.conv_general_dilated(p.m[None, None], kernel, (1 + p.k // 2, 1), "SAME", rhs_dilation=(1, 1 + p.k % 2))[
-        0, 0
-    ]
+    strides, dilation = (1 + p.k // 2, 1), (1, 1 + p.k % 2)
+    out = lax.conv_general_dilated(p.m[None, None], kernel, strides, "SAME", rhs_dilation=dilation)[0, 0]
+    return jnp.concatenate([out, out])[:4]
 
 
 def correlated(p: Pool) -> jax.Array:
