@@ -49,6 +49,8 @@ def test_auto_takes_the_best_product_and_shows_the_table():
     assert "a fit measures" in table
     assert all(n in table for n in names)
     options: dict[str, Any] = {"key": key, "steps": 200, "samples": 4, "tolerance": None, "progress": False}
+    (flow,) = auto.measure(target, built("hvm planar", target), hivi.Elbo(), 2, key)
+    assert len(flow) == 3, "families with static parts are measured alike"
     fit, again = (hivi.fit(target, family, estimator=auto, **options) for _ in range(2))
     assert fit.strategies["z"] != "Score"
     np.testing.assert_array_equal(fit.history["elbo"], again.history["elbo"])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 from jax.extend import core as jex
 
@@ -14,8 +15,14 @@ FREE = {"broadcast_in_dim", "reshape", "squeeze", "stop_gradient", "convert_elem
 
 
 def operations(fn: Callable[..., Any], *args: Any) -> float:
-    """Number of elementary operations of one call: an element of an array computed, a product added."""
-    return _count(jax.make_jaxpr(fn)(*args).jaxpr)
+    """Number of elementary operations of one call: an element of an array computed, a product added.
+
+    Args:
+        fn: returns arrays.
+        *args: PyTrees; what is not an array in them is fixed.
+    """
+    arrays, static = eqx.partition(args, eqx.is_array)
+    return _count(jax.make_jaxpr(lambda a: fn(*eqx.combine(a, static)))(arrays).jaxpr)
 
 
 def _count(jaxpr: Any) -> float:

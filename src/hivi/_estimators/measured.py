@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError
-from hivi._estimators.base import AbstractStrategy
+from hivi._estimators.base import AbstractStrategy, abstract_conditionals
 from hivi._estimators.control_variates import DoubleControlVariates
 from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
@@ -78,8 +78,7 @@ def measure(
         samples: estimates of the bound per gradient.
         key: randomness.
     """
-    _, context = eqx.filter_eval_shape(proposal.gather(target.all_rows()).propose, key)
-    conditional = proposal.gather(target.all_rows()).conditionals(context).get(site)
+    conditional = abstract_conditionals(proposal.gather(target.all_rows())).get(site)
     found = []
     for strategy in CANDIDATES:
         if isinstance(strategy, LocalExpectation | Difference) and not exact:
