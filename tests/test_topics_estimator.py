@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import warnings
 
@@ -15,15 +16,19 @@ from sklearn.utils._testing import SkipTest
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import hivi
+from hivi._families.amortised import Amortised
+from hivi.cli import topics as cli_topics
 from hivi.topics.base import Corpus
 from hivi.topics.estimator import DeepExponentialFamily
 from hivi.topics.heldout import hold_out_tokens
 from hivi.topics.model import Priors
+from hivi.topics.passes import levelled_off
 
-# Every shape of data compiles its own programs, in seconds: the tests share one corpus, and most of them one model.
+# Every shape of data compiles its own programs, in seconds: the tests share one corpus, and most of them one model. A network
+# compiles for twice as long: the default family has tests of its own here, and all of those of the command line.
 TOPICS = np.kron(np.eye(5), np.full((1, 8), 1 / 8))
-SMALL = {"layers": (5, 2), "passes": 60, "warm_up": 30, "transform_passes": 60}
-TINY = {"layers": (5, 2), "passes": 2, "warm_up": 1, "transform_passes": 2}
+SMALL = {"layers": (5, 2), "family": "mean-field", "passes": 60, "warm_up": 30, "transform_passes": 60}
+TINY = {**SMALL, "passes": 2, "warm_up": 1, "transform_passes": 2}
 
 
 def documents(number: int, seed: int = 0) -> sp.csr_array:
@@ -90,17 +95,18 @@ SLOW = {
 
 
 def sklearn_checks() -> list:
-    tiny = DeepExponentialFamily(layers=(3, 2), passes=4, warm_up=4, transform_passes=4)
     out = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of checks that are skipped before they start
-        for estimator, check in estimator_checks_generator(tiny):
-            name = getattr(check, "func", check).__name__
-            memory = ", memory map" if getattr(check, "keywords", {}).get("readonly_memmap") else ""
-            marks = [pytest.mark.slow] if name in SLOW else []
-            if name in EXPECTED_TO_FAIL:
-                marks.append(pytest.mark.xfail(reason=EXPECTED_TO_FAIL[name], raises=AssertionError, strict=True))
-            out.append(pytest.param(estimator, check, id=f"{name}{memory}", marks=marks))
+    for family in ("mean-field", "amortised"):
+        tiny = DeepExponentialFamily(layers=(3, 2), family=family, passes=4, warm_up=4, transform_passes=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of checks that are skipped before they start
+            for estimator, check in estimator_checks_generator(tiny):
+                name = getattr(check, "func", check).__name__
+                memory = ", memory map" if getattr(check, "keywords", {}).get("readonly_memmap") else ""
+                marks = [pytest.mark.slow] if name in SLOW or family == "amortised" else []
+                if name in EXPECTED_TO_FAIL:
+                    marks.append(pytest.mark.xfail(reason=EXPECTED_TO_FAIL[name], raises=AssertionError, strict=True))
+                out.append(pytest.param(estimator, check, id=f"{name}{memory}, {family}", marks=marks))
     return out
 
 
@@ -155,6 +161,33 @@ def test_score_and_perplexity(model):
     assert model.perplexity(X) > best  # in order: not smaller than the entropy of the words
 
 
+def test_converged(model):
+    """It says how the passes after the warm-up ended, and nothing of the warm-up."""
+    assert model.converged_ == levelled_off(model.bound_history_[30:])
+    assert not DeepExponentialFamily(**TINY, random_state=0).fit(X).converged_
+
+
+def test_the_bound_has_levelled_off():
+    noise = np.random.default_rng(1).normal(size=(200, 60))
+    steady = np.linspace(-640.0, -600.0, 60)
+    assert np.mean([levelled_off(x - 500.0) for x in noise]) > 0.98
+    assert not any(levelled_off(x + steady) for x in noise), "a rise of two thirds of the noise per pass"
+    late = np.where(np.arange(60) < 45, steady, steady[45])
+    assert np.mean([levelled_off(x + late) for x in noise]) > 0.98, "the rise is over"
+    assert levelled_off(steady[:16] * 0 - 5.0)
+    assert not levelled_off(steady[:15] * 0 - 5.0), "too few passes to tell"
+    assert levelled_off(-600.0 + 1e-5 * np.arange(60)), "without noise, and without worth"
+    assert not levelled_off(np.append(steady * 0, np.nan))
+
+
+def test_the_default_family_is_one():
+    default = inspect.signature(DeepExponentialFamily).parameters["family"].default
+    assert default == cli_topics.DEFAULT_FAMILY == inspect.signature(cli_topics.fit).parameters["family"].default
+    assert isinstance(DeepExponentialFamily()._family(), Amortised)
+    assert isinstance(DeepExponentialFamily(family=None)._family(), Amortised)
+    assert DeepExponentialFamily(family="mean-field")._family() == hivi.MeanField()
+
+
 def test_layers_of_latents(model, latents):
     first, second = model.latents(X)
     np.testing.assert_array_equal(first, latents)
@@ -178,7 +211,9 @@ def test_random_state(model, latents):
 
 
 def test_partial_fit():
-    stream = DeepExponentialFamily(**SMALL, random_state=0)
+    stream = DeepExponentialFamily(
+        **SMALL, random_state=0, total_documents=300
+    )  # as those of `test_partial_fit_after_fit`
     rng = np.random.default_rng(0)
     parts = [X[:150][rng.permutation(150)] for _ in range(8)]  # of one shape
     scores = []
@@ -202,11 +237,24 @@ def test_partial_fit_after_fit(model):
 # Data in, names out -------------------------------------------------------------------------------------------------------
 
 
-def test_pipeline():
-    texts = ["the cat sat on the mat", "a dog and a cat", "stocks fell as rates rose", "rates and stocks"] * 5
-    pipeline = make_pipeline(CountVectorizer(), DeepExponentialFamily(**{**TINY, "warm_up": 2}, random_state=0))
-    assert pipeline.fit_transform(texts).shape == (20, 5)
+def test_pipeline(tmp_path):
+    """On texts with the counts of X, whose programs are compiled already."""
+    names = np.array([f"w{v:02d}" for v in range(40)])
+    texts = [" ".join(np.repeat(names, row)) for row in X.toarray()]
+    pipeline = make_pipeline(CountVectorizer(), DeepExponentialFamily(**TINY, random_state=0))
+    alone = DeepExponentialFamily(**TINY, random_state=0).fit_transform(X)
+    np.testing.assert_array_equal(pipeline.fit_transform(texts), alone)
     assert list(pipeline.get_feature_names_out()) == [f"deepexponentialfamily{k}" for k in range(5)]
+    words, last = pipeline[:-1].get_feature_names_out(), pipeline[-1]
+    assert words.tolist() == names.tolist()
+    assert last.vocabulary_ is None
+    last.save(tmp_path, vocabulary=words)
+    again = DeepExponentialFamily.load(tmp_path)
+    assert again.vocabulary_ == tuple(words)
+    with pytest.raises(hivi.CorpusError, match="knows its 40 words"):
+        again.save(tmp_path, vocabulary=words)
+    with pytest.raises(hivi.CorpusError, match="39 words; expected 40"):
+        last.save(tmp_path, vocabulary=words[1:])
 
 
 def test_names_of_words():
@@ -269,6 +317,18 @@ def test_damaged_files(model, tmp_path, harm):
         file.write_bytes(file.read_bytes().replace(b"state/", b"skate/", 1))
     with pytest.raises(hivi.LoadError, match=file.name):
         DeepExponentialFamily.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_default_family_learns_from_a_stream(tmp_path):
+    stream = DeepExponentialFamily(**{**SMALL, "family": None, "transform_passes": None}, random_state=0)
+    rng = np.random.default_rng(0)
+    scores = [stream.partial_fit(X[:150][rng.permutation(150)]).score(X) for _ in range(8)]
+    assert np.sum(np.diff(scores) > 0) >= 6  # of 7
+    assert similarities(stream.components_).min() > 0.9
+    assert stream.converged_ is None
+    stream.save(tmp_path)
+    np.testing.assert_array_equal(DeepExponentialFamily.load(tmp_path).transform(X), stream.transform(X))
 
 
 @pytest.mark.slow  # two families, each of which compiles for long

@@ -88,7 +88,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         >>> import numpy as np
         >>> from hivi.topics.estimator import DeepExponentialFamily
         >>> X = np.kron(np.eye(2, dtype=int), np.full((20, 4), 3))  # two kinds of documents
-        >>> model = DeepExponentialFamily(layers=(2,), passes=40, warm_up=20, random_state=0).fit(X)
+        >>> model = DeepExponentialFamily(layers=(2,), passes=40, warm_up=0, random_state=0).fit(X)
         >>> model.components_.shape, model.transform(X[:3]).shape
         ((2, 8), (3, 2))
 

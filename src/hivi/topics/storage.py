@@ -34,8 +34,8 @@ def save_model(estimator: Any, folder: str | Path, vocabulary: Iterable[str] | N
     Example:
         >>> import tempfile, numpy as np
         >>> from hivi.topics.estimator import DeepExponentialFamily
-        >>> X = np.eye(4, dtype=int)
-        >>> model = DeepExponentialFamily(layers=(2,), passes=2, warm_up=1, transform_passes=2, random_state=0).fit(X)
+        >>> X = np.kron(np.eye(2, dtype=int), np.full((20, 4), 3))
+        >>> model = DeepExponentialFamily(layers=(2,), passes=2, warm_up=0, random_state=0).fit(X)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model.save(folder)
         ...     again = DeepExponentialFamily.load(folder)

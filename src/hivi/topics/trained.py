@@ -64,16 +64,15 @@ class Trained:
 
     Example:
         >>> import numpy as np, scipy.sparse as sp
-        >>> from hivi._families.mean_field import MeanField
         >>> from hivi.topics.batches import Counts
+        >>> from hivi.topics.fitting import amortised
         >>> from hivi.topics.model import Architecture
-        >>> from hivi.topics.trained import infer, learn, without_documents
-        >>> documents = Counts(sp.csr_array(np.kron(np.eye(2, dtype=int), np.full((3, 2), 5))))
-        >>> options = {"seed": 0, "passes": 2, "warm_up": 1, "batch": 6}
-        >>> fit = learn(documents, Architecture(layers=(2,)), MeanField(), **options)
-        >>> trained = without_documents(fit, documents.n_documents, seed=0)
-        >>> [z.shape for z in infer(trained, documents, passes=2).layers]
-        [(6, 2)]
+        >>> from hivi.topics.trained import latents, learn, without_documents
+        >>> x, architecture = sp.csr_array(np.kron(np.eye(2, dtype=int), np.full((20, 4), 3))), Architecture(layers=(2,))
+        >>> fit = learn(Counts(x), architecture, amortised(architecture), seed=0, passes=2, warm_up=0, batch=40)
+        >>> trained = without_documents(fit, documents=40, seed=0)
+        >>> [z.shape for z in latents(trained, Counts(x[:3]))]
+        [(3, 2)]
     """
 
     architecture: Architecture
