@@ -15,6 +15,7 @@ import pytest
 import scipy.sparse as sp
 from typer.testing import CliRunner, Result
 
+from cases import quick as quickly
 from hivi._errors import CorpusError, FitError, LoadError
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
 from hivi._families.mean_field import MeanField
@@ -74,7 +75,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("topics")
     corpus = write_uci(folder / "docword.tiny.txt", counts())
     (folder / "vocab.tiny.txt").write_text("\n".join(VOCABULARY))
-    options = ("--layers", "4", "--family", "mean-field", "--passes", 2, "--warm-up", 0, "--out", folder / "run", "--json")
+    options = (
+        "--layers",
+        "4",
+        "--family",
+        "mean-field",
+        "--passes",
+        2,
+        "--warm-up",
+        0,
+        "--out",
+        folder / "run",
+        "--json",
+    )
     return Trained(hivi_command("topics", "fit", corpus, *options), folder / "run", corpus)
 
 
@@ -404,18 +417,21 @@ def test_differences_are_taken_at_each_terms_own_view() -> None:
     source = CorpusSource(Counts(table), 5, local=True)
     target = build_target(a, source, corpus_statistics(Counts(table), "poisson"))
     proposal = proposal_for(target, a, MeanField(), jax.random.key(0)).expecting(target.closed)
-    z, _ = proposal.propose(jax.random.key(1))
+    z = quickly(lambda k: proposal.propose(k)[0])(jax.random.key(1))
     pinned = at_views(target, proposal.views())
     rows = target.all_rows()
 
+    terms_at = quickly(lambda v: viewed_terms(target, terms_by_view(target, v, proposal.views()), rows))
+
     def total(values: dict[str, Any]) -> float:
-        terms = viewed_terms(target, terms_by_view(target, values, proposal.views()), rows)
+        terms = terms_at(values)
         weights = [f.weight for f in target.factored.factors]
         return float(sum(w * np.sum(np.asarray(t, np.float64)) for w, t in zip(weights, terms, strict=True)))
 
     for site, where in (("z1", (2, 1)), ("z2", (4, 0))):
         moved = z[site] + 1
-        found = pinned.factored.differences(site, moved[None], z, pinned.data, rows)[0]
+        change = quickly(lambda m, site=site: pinned.factored.differences(site, m[None], z, pinned.data, rows)[0])
+        found = change(moved)
         assert found.shape == z[site].shape
         brute = total({**z, site: z[site].at[where].add(1)}) - total(z)
         assert float(found[where]) == pytest.approx(brute, abs=2e-3)
