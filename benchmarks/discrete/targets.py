@@ -10,6 +10,7 @@ left to gain is the second mode. `glass`: KL(q||p) against the best of 20 mean-f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import sys
@@ -21,8 +22,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import equinox as eqx  # noqa: E402
 import ising  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import sherrington_kirkpatrick  # noqa: E402
 from common import RESULTS, write  # noqa: E402
 from measure import figures  # noqa: E402
@@ -88,9 +91,19 @@ def stationary(layers: int, seed: int) -> hivi.Fit:
 
 
 def two_modes(seed: int) -> hivi.Fit:
-    """A mixture prior: its two components start opposite to each other, fall into one mode each, and are cooled down in it."""
-    hot = fit(lattice(HOT)[1], hivi.Hierarchical(hivi.Mixture(2)), seed, 800, 0.05, samples=4)
-    return fit(lattice(1.0)[1], None, seed, 1200, 0.05, samples=4, start=hot)
+    """A mixture prior, whose two components start at the mean-field optimum and at its mirror image.
+
+    From random starts both components often fall into the same mode, or stop at walls between domains.
+    """
+    target, single = lattice(1.0)[1], mean_field(1.0, seed)
+    blank = fit(target, hivi.Hierarchical(hivi.Mixture(2)), seed, 1, 0.05, samples=4)
+    ordered = single.proposal.parameters()["z"].reshape(-1)
+
+    def place(lam: Any) -> Any:
+        return lam.at[..., 0].set(jnp.stack([ordered, -ordered])).at[..., 1].set(jnp.log(0.1))
+
+    planted = eqx.tree_at(lambda p: p.prior.lam["lam"], blank.proposal, replace_fn=place)
+    return fit(target, None, seed, 900, 0.02, samples=4, start=dataclasses.replace(blank, proposal=planted))
 
 
 DISORDERED: dict[str, Callable[[int], hivi.Fit]] = {
