@@ -67,7 +67,7 @@ def three_counts() -> Problem:
     return mixture(rates, np.array([0.5, 0.3, 0.2]), 30, "poisson-mixture-3")
 
 
-def sources(size: int = 3, observed: int = 12, noise: float = 1.5, upper: int = 40) -> Problem:
+def sources(size: int = 3, observed: int = 12, noise: float = 1.5, upper: int = 22) -> Problem:
     """Counts z_i ~ Poisson(r_i) whose sum was measured: x ~ Normal(sum z, noise). They compete for it.
 
     The tail is certified: the likelihood is nowhere above its peak, so that what is cut off weighs no more than
