@@ -51,7 +51,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         observations: "poisson" counts of words, or "bernoulli" for whether a word occurs.
         weights: "gamma", or "normal" through a softplus.
         family: variational family of a document's latents: "amortised" (or None), an inference network, which gives the best
-            perplexities; "mean-field", parameters per document, whose bound is a little higher; "hierarchical"; or
+            perplexities; "mean-field", parameters per document, which compiles in half of the time; "hierarchical"; or
             `hivi.MeanField()` or a `hivi.Hierarchical(..., shared=True)`, which grows from a mean-field fit.
         priors: hyperparameters, `hivi.topics.Priors`; its defaults if None.
         passes: passes over the documents in `fit`, warm-up included.
