@@ -62,7 +62,7 @@ def spreading(axes: list[Axes]) -> list[dict[str, float]]:
     axes[1].plot(SPREADS, [f["elbo"] for f in found], color="black", label="ELBO of the marginal q(z)")
     axes[1].plot(SPREADS, [f["eq. 5"] for f in found], color="black", linestyle="--", label="eq. 5, linearised r")
     axes[1].set(xlabel="spread of λ along (1,−1)", ylabel="nats", ylim=(-0.6, 0.05), title="what each bound sees")
-    axes[1].legend(fontsize=8, loc="lower left")
+    axes[1].legend(fontsize=8, loc="center right")
     return found
 
 
