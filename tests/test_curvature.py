@@ -219,14 +219,13 @@ def test_rows_of_a_subsampled_plate(documents: hivi.Fit):
     assert everything.eigenvalues.shape == (ROWS, 2)
 
 
-@pytest.mark.parametrize(("prior", "wide"), [(hivi.FullRank(), 0.6), (hivi.Flow(layers=4), 0.05)], ids=["full", "flow"])
-def test_rows_start_along_their_own_directions(documents: hivi.Fit, prior: Any, wide: float):
+def test_rows_start_along_their_own_directions(documents: hivi.Fit):
     found = curvature(documents, key=jax.random.key(0), rows=[11, 0], top=1, samples=1024)
-    family = hivi.Hierarchical(prior=prior, start=found)
+    family = hivi.Hierarchical(prior=hivi.FullRank(), start=found)
     proposal = build_proposal(family, documents.sites, jax.random.key(0))
     draws = np.asarray(jax.vmap(lambda k: proposal.propose(k)[1][0])(jax.random.split(jax.random.key(1), 2000)))
     spread = draws.std(0)
-    assert np.all(spread[[0, 11]] > wide)
+    assert np.all(spread[[0, 11]] > 0.6)
     assert np.all(spread[1:11] < 0.04)
     for row, sign in ((0, -1), (11, 1)):
         assert sign * np.corrcoef(draws[:, row].T)[0, 1] > 0.7
@@ -258,17 +257,16 @@ def test_starting_along_gains_what_was_promised(table: Curvature):
     assert abs(bound.mean - MEAN_FIELD - gain) < 3 * bound.stderr + 0.1 * gain
 
 
-@pytest.mark.parametrize("layers", [1, 3, 8])
-def test_planar_layers_stretch_along(table: Curvature, layers: int):
-    """As far as they reach: three times the isotropic .03."""
-    fit = grown(table, hivi.Hierarchical(prior=hivi.Flow(layers=layers), start=table))
-    covariance = np.cov(lambdas(fit.proposal).T) / 0.03**2
-    along, across = np.array([0.5, -0.5]) * 2**0.5, np.array([0.5, 0.5]) * 2**0.5
-    assert 6.5 < along @ covariance @ along < 10.5
-    assert across @ covariance @ across == pytest.approx(1.0, rel=0.1)
-    assert abs(along @ covariance @ across) < 0.3
+def test_a_flow_starts_wide_enough_to_leave_the_fit(table: Curvature):
+    """Ten times as wide as a Gaussian, along no direction, and not worse than mean-field by more than that costs."""
+    fit = grown(table, hivi.Hierarchical(prior=hivi.Flow(layers=3), start=table.fit))
+    covariance = np.cov(lambdas(fit.proposal).T)
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance)), 0.3, rtol=0.1)
     bound = fit.elbo(jax.random.key(1), 32_768)
-    assert bound.mean > MEAN_FIELD - 3 * bound.stderr
+    assert abs(bound.mean - MEAN_FIELD) < 0.02 + 3 * bound.stderr
+    kwargs: dict[str, Any] = {"key": jax.random.key(2), "steps": 2000, "learning_rate": 0.02, "progress": False}
+    left = hivi.fit(table.fit.target, fit.family, tolerance=None, **kwargs).elbo(jax.random.key(3))
+    assert left.mean > MEAN_FIELD + 0.1
 
 
 def test_along_and_start_by_name_are_the_same(table: Curvature):
@@ -281,7 +279,7 @@ def test_along_and_start_by_name_are_the_same(table: Curvature):
     assert float(jnp.abs(plain.prior.lower).max()) == 0.0
 
 
-@pytest.mark.parametrize("prior", [hivi.Mixture(2), hivi.MeanField(), hivi.Flow(layers=2, kind="coupling")], ids=repr)
+@pytest.mark.parametrize("prior", [hivi.Mixture(2), hivi.MeanField(), hivi.Flow(layers=2)], ids=repr)
 def test_other_priors_start_from_the_fit_alone(table: Curvature, prior: Any):
     along = grown(table, hivi.Hierarchical(prior=prior, start=table)).proposal
     plain = grown(table, hivi.Hierarchical(prior=prior, start=table.fit)).proposal

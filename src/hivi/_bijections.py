@@ -36,13 +36,6 @@ START = 1e-2
 """Size of the random deviation from the identity at the start."""
 MAX_LOG_SCALE = 2.0
 NEWTON_STEPS = 10
-MAX_STRETCH = 3.0
-"""Most that one planar layer stretches at the start: its unconstrained parameter grows like exp(stretch)."""
-MAX_TOTAL = 3.0
-"""Most that all layers together add along a direction, in standard deviations: further ones would need weights w that are
-small against a step of the optimiser, which then throws the flow about."""
-LINEAR = 0.25
-"""Slope inside the tanh of such a layer, in units of the standard deviation that reaches it: close to linear."""
 _PLANAR_ZERO = 1.5132436
 """log(exp(e-1)-1): where the invertibility constraint of a planar layer maps the planar scale to exactly zero."""
 
@@ -163,38 +156,6 @@ def _planar(dim: int, key: Key) -> Float[Array, " parameters"]:
     w = w / jnp.linalg.norm(w)
     u = w * _PLANAR_ZERO + START * jax.random.normal(k2, (dim,))
     return jnp.concatenate([w, u, jax.random.uniform(k3, (1,), minval=-1.0, maxval=1.0)])
-
-
-def stretched(bijection: AbstractBijection, extra: Float[Array, "directions dim"]) -> AbstractBijection:
-    """A planar flow that widens a standard normal to covariance I + extra' extra, about; other kinds stay as they are.
-
-    The layers are dealt out to the widest directions; each stretches its direction by the same factor, at most
-    `MAX_STRETCH`, in the nearly linear part of its tanh. Short flows have no layers left for the other directions.
-    """
-    if not isinstance(bijection, PlanarFlow):
-        return bijection
-    layers = bijection.params.shape[0]
-    lengths = jnp.sqrt(jnp.sum(extra**2, 1))
-    extra = extra * (jnp.minimum(lengths, MAX_TOTAL) / jnp.where(lengths > 0, lengths, 1.0))[:, None]
-    lengths = jnp.minimum(lengths, MAX_TOTAL)
-    order = jnp.argsort(-lengths)
-    # The widest directions first, as many as get the layers that they need.
-    need = jnp.ceil(0.5 * jnp.log1p(lengths[order[0]] ** 2) / jnp.log(MAX_STRETCH)).astype(int)
-    count = jnp.clip(jnp.sum(lengths > 0), 1, layers // jnp.clip(need, 1, layers))
-    each = layers // count
-    rows = []
-    for number, old in enumerate(bijection.params):
-        direction, place = order[number % count], number // count
-        length = lengths[direction]
-        unit = extra[direction] / jnp.where(length > 0, length, 1.0)
-        factor = jnp.minimum((1 + length**2) ** (0.5 / each), MAX_STRETCH)
-        # Every layer sees what those before it have stretched.
-        slope = LINEAR / factor**place
-        # The inverse of the constraint log1p(softplus(inner)) - 1 = w.u = factor - 1, see `_layers`.
-        inner = jnp.log(jnp.expm1(jnp.expm1(factor)))
-        new = jnp.concatenate([slope * unit, inner / slope * unit, jnp.zeros(1)])
-        rows.append(jnp.where((length > 0) & (place < each), new, old))
-    return PlanarFlow(jnp.stack(rows))
 
 
 def _spline() -> RationalQuadraticSpline:

@@ -11,7 +11,7 @@ from flowjax.bijections import AbstractBijection
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._bijections import backward, forward, near_identity, stretched
+from hivi._bijections import backward, forward, near_identity
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
@@ -95,10 +95,6 @@ class FlowProposal(AbstractProposal):
 
     def recentre(self, location: Array, scale: Array) -> FlowProposal:
         return FlowProposal(self.sites, location, jnp.log(scale), self.bijection, self.kind)
-
-    def stretch(self, extra: Array) -> FlowProposal:
-        bijection = stretched(self.bijection, extra * jnp.exp(-self.log_scale))
-        return FlowProposal(self.sites, self.location, self.log_scale, bijection, self.kind)
 
     def centres(self) -> PyTree:
         rest = jax.tree.map(lambda _: False, self)

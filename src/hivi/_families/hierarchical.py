@@ -32,6 +32,8 @@ from hivi._tree import Key, PyTree
 
 START_SCALE = 0.03
 """Spread of lambda when growing from a mean-field optimum, in units of 1/sqrt(Fisher information)."""
+FLOW_START = 10.0
+"""A flow starts so many times wider: from a narrow start it seldom leaves a mean-field optimum."""
 SCRATCH = {"finite": 1.0, "binomial": 0.5, "count": 0.3, "real": 0.1}
 """Spread of lambda without a start, by kind of site."""
 DENSE_LIMIT = 256
@@ -53,8 +55,8 @@ class Hierarchical(AbstractFamily):
             `hivi.curvature(fit)` returns also serves: it grows from that fit, along the directions found.
         spread: multiplies the standard deviation of lambda at the start.
         along: directions of lambda that start wider, where `start` is a fit: what `hivi.curvature(fit)` returns. Priors
-            `FullRank()` starts along them (up to 256 parameters, or with an auxiliary of its own), a planar `Flow()` leans
-            towards the first of them; others start from the fit alone.
+            `FullRank()` starts along them (up to 256 parameters, or with an auxiliary of its own); others start from the fit
+            alone, a `Flow()` ten times as wide, which lets it leave the fit.
         shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
             location and scale of lambda; otherwise each row has all parameters for itself.
         concentration: of counts: q(z_i|lambda_i) is negative binomial with this concentration (1: Geometric); Poisson if None.
@@ -80,7 +82,8 @@ class Hierarchical(AbstractFamily):
         k1, k2, k3 = jax.random.split(key, 3)
         space = (Site(LAM, (link.dim,), Values("real"), (link.dim,)),)
         location, scale = self._from_scratch(link, k3) if self.start is None else self._from_start(link)
-        prior = self.prior.build(space, k1).recentre(location, scale * self.spread)
+        wide = FLOW_START if self.start is not None and type(self.prior) is Flow else 1.0
+        prior = self.prior.build(space, k1).recentre(location, scale * self.spread * wide)
         extra = self._extra(link)
         if extra is not None:
             prior = prior.stretch(extra * self.spread)
