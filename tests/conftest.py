@@ -14,6 +14,8 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
 os.environ["MPLBACKEND"] = "Agg"
 
+import gc
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(folder.cleanup)
         jax.config.update("jax_compilation_cache_dir", folder.name)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+MAPPINGS = 25_000
+"""Of a process's memory; Linux allows 65,530, and a compiler that gets no more ends the process."""
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Forget compiled programs before a long run has too many: each keeps some mappings of memory."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

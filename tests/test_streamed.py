@@ -19,6 +19,7 @@ from jax import Array
 
 import hivi
 from cases import perturbed, quick, states, total
+from hivi._errors import FitError
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.surrogate import estimate, terms_by_view, viewed_terms
 from hivi._families.amortised import Amortised
@@ -361,3 +362,12 @@ def test_rows_alone_may_move(mean_field):
     for a, b in zip(before[:-2], after[:-2], strict=True):
         np.testing.assert_array_equal(a, b)
     assert (np.abs(before[-2] - after[-2]).max(1) > 0).all()
+
+
+def test_a_strategy_with_a_memory_is_refused(mean_field):
+    """It would start afresh at every step, since every step has other rows."""
+    stream = mean_field.stream
+    chosen = fitting.strategies(stream.target, stream.proposal(stream.source.blocks()[0]))
+    chosen = {**chosen, "z1": hivi.Score(baseline=hivi.MovingAverage())}
+    with pytest.raises(FitError, match=r"'z1' of a streamed target.*memory"):
+        advance(stream, 1, strategies=chosen, schedule=Schedule(), rng=np.random.default_rng(0))

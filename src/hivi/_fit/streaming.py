@@ -103,8 +103,18 @@ def advance(
     """Some passes over the data; returns the same stream, moved on.
 
     Raises:
-        FitError: the bound or its gradient was not finite in more than a tenth of the steps.
+        FitError: the bound or its gradient was not finite in more than a tenth of the steps; a strategy that remembers.
     """
+    learning = [n for n, s in strategies.items() if s.remembers]
+    if learning:
+        raise FitError(
+            message(
+                f"site {learning[0]!r} of a streamed target",
+                f"{type(strategies[learning[0]]).__name__} that learns from step to step",
+                "a strategy without a memory: every step has other rows",
+                "use Score() with two samples or more, LocalExpectation(), Difference() or DisARM()",
+            )
+        )
     plan = StreamPlan(tuple(strategies.items()), Elbo() if bound is None else bound, samples, schedule.shared)
     lean = dataclasses.replace(stream.target, source=None, starts={})
     per_pass = len(stream.source.passes(np.random.default_rng(0)))
