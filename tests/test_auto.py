@@ -17,7 +17,7 @@ from hivi._estimators.cost import operations
 from hivi._families.product import build_proposal
 
 
-def spins(n: int = 12) -> hivi.Target:
+def spins(n: int = 8) -> hivi.Target:
     """Every pair of spins is coupled: exact local expectations cost n evaluations."""
     couplings = jnp.triu(jax.random.normal(jax.random.key(0), (n, n)), 1) / np.sqrt(n)
 
@@ -34,6 +34,8 @@ def test_operations_are_counted():
     assert operations(lambda x: jnp.sum(jnp.exp(x) + 1), a) == 3 * 12
     assert operations(lambda x: jax.lax.fori_loop(0, 7, lambda _, v: v * x, x), a) >= 7 * 12
     assert operations(jax.jit(lambda x: x * x), a) == 12
+    flow = built("hvm planar", TARGETS["pair"]())  # a family with static parts
+    assert operations(lambda p, k: p.propose(k)[0]["z"], flow, jax.random.key(0)) > 100
 
 
 def test_auto_takes_the_best_product_and_shows_the_table():
@@ -49,8 +51,6 @@ def test_auto_takes_the_best_product_and_shows_the_table():
     assert "a fit measures" in table
     assert all(n in table for n in names)
     options: dict[str, Any] = {"key": key, "steps": 200, "samples": 4, "tolerance": None, "progress": False}
-    (flow,) = auto.measure(target, built("hvm planar", target), hivi.Elbo(), 2, key)
-    assert len(flow) == 3, "families with static parts are measured alike"
     fit, again = (hivi.fit(target, family, estimator=auto, **options) for _ in range(2))
     assert fit.strategies["z"] != "Score"
     np.testing.assert_array_equal(fit.history["elbo"], again.history["elbo"])
@@ -61,15 +61,11 @@ def built_mean_field(target: hivi.Target) -> Any:
 
 
 def test_auto_measures_exact_strategies_within_the_budget():
-    target = spins(6)
+    target = spins(4)
     proposal = perturbed(built_mean_field(target), jax.random.key(1), 0.7)
     (found,) = hivi.Auto(cheap=0).measure(target, proposal, hivi.Elbo(), 2, jax.random.key(0))
     names = {label(m.strategy) for m in found}
     assert {"LocalExpectation", "LocalExpectation(coupled=True)", "DisARM", "Score"} <= names
-    # A variance is that of the strategy alone: twice the samples, half of it.
-    (more,) = hivi.Auto(cheap=0).measure(target, proposal, hivi.Elbo(), 8, jax.random.key(0))
-    a, b = ({label(m.strategy): m.variance for m in x} for x in (found, more))
-    assert 2 < a["DisARM"] / b["DisARM"] < 8
 
 
 def test_auto_measures_nothing_that_is_cheap():

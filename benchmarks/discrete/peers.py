@@ -118,10 +118,14 @@ def main() -> None:
     options = parser.parse_args()
     for seed, name in itertools.product(range(options.seeds), options.problems or NAMES):
         if f"{name}|{seed}" not in known(PATH):
-            record(PATH, f"{name}|{seed}", row(name, seed))
+            try:
+                found = row(name, seed)
+            except ValueError as error:  # TraceGraph_ELBO cannot add up the costs of some models
+                found = {"failed": str(error)}
+            record(PATH, f"{name}|{seed}", found)
     rows = []
     for name in NAMES:
-        found = [v for k, v in known(PATH).items() if k.split("|")[0] == name]
+        found = [v for k, v in known(PATH).items() if k.split("|")[0] == name and "failed" not in v]
         if found:
             m = {key: statistics.median(f[key] for f in found) for key in found[0]}
             rows.append([
@@ -132,7 +136,8 @@ def main() -> None:
     notes = (
         "Medians over seeds. hivi: `Hierarchical(prior=Mixture(8))`, 3000 steps of 16 draws. NumPyro: mean-field guide in the "
         "model's plates, TraceGraph_ELBO of 16 particles, for at least the same wall time (compilation included) and at "
-        "least 3000 steps. KL over the exact table, the same code for both."
+        "least 3000 steps. KL over the exact table, the same code for both. On ising-4x4-0.4 TraceGraph_ELBO fails (it cannot "
+        "broadcast the costs of the two plates)."
     )
     head = ("problem", "log Z", "hivi", "NumPyro", "hivi KL", "NumPyro KL", "ratio", "time, NumPyro/hivi", "seeds")
     write(
