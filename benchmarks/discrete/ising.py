@@ -7,6 +7,7 @@ derivative of log Z, tells the rest.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -143,7 +144,10 @@ def lattice(size: int, beta: float) -> Problem:
         with numpyro.plate("rows", size, dim=-2), numpyro.plate("columns", size, dim=-1):
             z = numpyro.sample("z", dist.Bernoulli(0.5))
         for name, pairs in bonds(2.0 * z - 1.0).items():
-            numpyro.factor(name, beta * pairs)
+            with contextlib.ExitStack() as plates:
+                for axis, count in enumerate(reversed(pairs.shape)):
+                    plates.enter_context(numpyro.plate(f"{name} {axis}", count, dim=-1 - axis))
+                numpyro.factor(name, beta * pairs)
         numpyro.factor("uniform", size**2 * np.log(2.0))
 
     table, marginals = None, {"z": np.full((*shape, 2), 0.5)}

@@ -136,8 +136,7 @@ def main() -> None:
     notes = (
         "Medians over seeds. hivi: `Hierarchical(prior=Mixture(8))`, 3000 steps of 16 draws. NumPyro: mean-field guide in the "
         "model's plates, TraceGraph_ELBO of 16 particles, for at least the same wall time (compilation included) and at "
-        "least 3000 steps. KL over the exact table, the same code for both. On ising-4x4-0.4 TraceGraph_ELBO fails (it cannot "
-        "broadcast the costs of the two plates)."
+        "least 3000 steps. KL over the exact table, the same code for both."
     )
     head = ("problem", "log Z", "hivi", "NumPyro", "hivi KL", "NumPyro KL", "ratio", "time, NumPyro/hivi", "seeds")
     write(
