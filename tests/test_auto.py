@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 import hivi
 from cases import TARGETS, built, perturbed
 from hivi._estimators.auto import label
+from hivi._estimators.base import Fixed
 from hivi._estimators.cost import operations
 from hivi._families.product import build_proposal
 
@@ -72,3 +73,43 @@ def test_auto_measures_nothing_that_is_cheap():
     target = TARGETS["chain"]()
     assert hivi.Auto().undecided(target, built("mean-field", target), hivi.Elbo()) == ()
     assert "nothing to measure" in hivi.Auto().explain(target, hivi.MeanField(), key=jax.random.key(0))
+
+
+def test_dead_code_is_not_counted():
+    a = jnp.ones((30, 40))
+    assert operations(lambda x: (jnp.exp(x), jnp.sum(x))[1], a) == 30 * 40
+
+
+def test_sites_that_a_dict_leaves_out_are_measured():
+    target = two_glasses()
+    estimator = Fixed({"v": hivi.DisARM()}, hivi.Auto(budget=2, cheap=0))
+    proposal = perturbed(built_mean_field(target), jax.random.key(1), 0.7)
+    assert estimator.undecided(target, proposal, hivi.Elbo()) == ("u",)
+    before = estimator.resolve(target, proposal, hivi.Elbo())
+    after = estimator.settle(before, ("u",), target, proposal, hivi.Elbo(), 2, jax.random.key(0))
+    assert label(before["u"]) == "Score"
+    assert label(after["u"]) != "Score"
+    assert after["v"] == hivi.DisARM()
+
+
+def two_glasses(n: int = 5) -> hivi.Target:
+    """Two sites of spins, every pair coupled."""
+    couplings = jnp.triu(jax.random.normal(jax.random.key(0), (2 * n, 2 * n)), 1)
+
+    def log_joint(z: Any) -> Array:
+        value = 2.0 * jnp.concatenate([z["u"], z["v"]]) - 1.0
+        return value @ couplings @ value
+
+    return hivi.from_log_joint(log_joint, {k: hivi.Latent((n,), constraints.boolean) for k in ("u", "v")})
+
+
+def test_a_model_without_a_derivative_is_measured_all_the_same():
+    """A loop of unknown length has no reverse derivative: control variates are passed over, not the fit."""
+
+    def log_joint(z: Any) -> Array:
+        start = (jnp.array(0), jnp.sum(2.0 * z["z"] - 1.0) ** 2)
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 0.5 * c[1]), start)[1]
+
+    target = hivi.from_log_joint(log_joint, {"z": hivi.Latent((5,), constraints.boolean)})
+    (found,) = hivi.Auto(budget=2).measure(target, built_mean_field(target), hivi.Elbo(), 2, jax.random.key(0))
+    assert {label(m.strategy) for m in found} == {"DisARM", "Score"}

@@ -14,6 +14,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from jaxtyping import Array
 from numpyro.distributions import constraints
@@ -379,3 +381,18 @@ def test_landing_refuses_what_would_be_biased():
     for family in (hivi.Hierarchical(), hivi.Flow(layers=1, kind="spline")):
         with pytest.raises(FitError, match=r"'x'.*no exact density"):
             hivi.fit(target, family, **options)
+
+
+def test_a_memory_of_rows_that_change_is_refused():
+    def model(y: Any) -> None:
+        with numpyro.plate("rows", len(y)):
+            z = numpyro.sample("z", dist.Bernoulli(0.5))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = jnp.zeros(8)
+    options: dict[str, Any] = {"key": jax.random.key(0), "steps": 5, "progress": False}
+    estimator = hivi.Score(baseline=hivi.MovingAverage())
+    small = hivi.from_numpyro(model, y, subsample={"rows": 4})
+    with pytest.raises(FitError, match=r"'z'.*minibatches"):
+        hivi.fit(small, hivi.MeanField(), estimator=estimator, **options)
+    hivi.fit(hivi.from_numpyro(model, y), hivi.MeanField(), estimator=estimator, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -101,6 +102,8 @@ class Auto(AbstractEstimator):
         return {c.site: c.strategy for c in self.choose(target, proposal, bound)}
 
     def undecided(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> tuple[str, ...]:
+        if target.source is not None:  # rows are not at hand
+            return ()
         chosen = {c.site: c for c in self.choose(target, proposal, bound)}
         discrete = [s.name for s in target.sites if s.discrete]
         return tuple(n for n in discrete if self._dear(chosen[n]))
@@ -109,25 +112,24 @@ class Auto(AbstractEstimator):
         return isinstance(choice.strategy, Score) or choice.evaluations > self.cheap
 
     def settle(
-        self, target: Target, proposal: AbstractProposal, bound: AbstractBound, samples: int, key: Key
+        self,
+        chosen: Mapping[str, AbstractStrategy],
+        sites: tuple[str, ...],
+        target: Target,
+        proposal: AbstractProposal,
+        bound: AbstractBound,
+        samples: int,
+        key: Key,
     ) -> dict[str, AbstractStrategy]:
-        chosen = self.resolve(target, proposal, bound)
-        for found in self.measure(target, proposal, bound, samples, key):
-            if found:
-                chosen[found[0].site] = found[0].strategy
-        return chosen
+        best = {m[0].site: m[0].strategy for m in _each(chosen, sites, target, proposal, bound, samples, key) if m}
+        return {**chosen, **best}
 
     def measure(
         self, target: Target, proposal: AbstractProposal, bound: AbstractBound, samples: int, key: Key
     ) -> list[list[Measured]]:
         """What every strategy measures at a proposal, best first; one list for each undecided site."""
-        chosen = self.resolve(target, proposal, bound)
-        out = []
-        for number, site in enumerate(self.undecided(target, proposal, bound)):
-            exact = not isinstance(chosen[site], Score)
-            own = jax.random.fold_in(key, number)
-            out.append(measure(site, exact, chosen, target, proposal, bound, samples, own))
-        return out
+        chosen, sites = self.resolve(target, proposal, bound), self.undecided(target, proposal, bound)
+        return _each(chosen, sites, target, proposal, bound, samples, key)
 
     def explain(
         self,
@@ -171,10 +173,31 @@ class Auto(AbstractEstimator):
     def _table(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> str:
         rows = [("site", "strategy", "evaluations", "reason")]
         for c in self.choose(target, proposal, bound):
-            reason = c.reason + ("; a fit measures" if target.site(c.site).discrete and self._dear(c) else "")
+            open_ = target.site(c.site).discrete and self._dear(c) and target.source is None
+            reason = c.reason + ("; a fit measures" if open_ else "")
             rows.append((c.site, label(c.strategy), str(c.evaluations), reason))
         widths = [max(len(r[k]) for r in rows) for k in range(3)]
         return "\n".join("  ".join([*(r[k].ljust(widths[k]) for k in range(3)), r[3]]) for r in rows)
+
+
+def _each(
+    chosen: Mapping[str, AbstractStrategy],
+    sites: tuple[str, ...],
+    target: Target,
+    proposal: AbstractProposal,
+    bound: AbstractBound,
+    samples: int,
+    key: Key,
+) -> list[list[Measured]]:
+    """Site by site, each with the best that was found for those before it."""
+    now, out = dict(chosen), []
+    for number, site in enumerate(sites):
+        exact = not isinstance(chosen[site], Score)
+        found = measure(site, exact, now, target, proposal, bound, samples, jax.random.fold_in(key, number))
+        if found:
+            now[site] = found[0].strategy
+        out.append(found)
+    return out
 
 
 def label(strategy: AbstractStrategy) -> str:

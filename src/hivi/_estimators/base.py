@@ -231,10 +231,17 @@ class AbstractEstimator(eqx.Module):
         return ()
 
     def settle(
-        self, target: Target, proposal: AbstractProposal, bound: AbstractBound, samples: int, key: Key
+        self,
+        chosen: Mapping[str, AbstractStrategy],
+        sites: tuple[str, ...],
+        target: Target,
+        proposal: AbstractProposal,
+        bound: AbstractBound,
+        samples: int,
+        key: Key,
     ) -> dict[str, AbstractStrategy]:
-        """Site -> strategy, after measurement at this proposal."""
-        return self.resolve(target, proposal, bound)
+        """Site -> strategy, after measurement of these sites at this proposal; the others stay as chosen."""
+        return dict(chosen)
 
 
 class Fixed(AbstractEstimator):
@@ -248,16 +255,21 @@ class Fixed(AbstractEstimator):
 
     def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
         conditionals = abstract_conditionals(proposal)
+        linear = bound.linear(proposal.branches)
+
+        def reason_for(site: Site, strategy: AbstractStrategy) -> str | None:
+            return strategy.refusal(site, conditionals.get(site.name)) or strategy.unsuited(site, proposal, linear)
+
         out = self.otherwise.resolve(target, proposal, bound)
         if isinstance(self.strategies, Mapping):
             for name in self.strategies:
                 target.site(name)
             wanted = dict(self.strategies)
         else:
-            wanted = {s.name: self.strategies for s in target.sites if s.discrete or not self._reason(s, conditionals)}
+            suited = [s.name for s in target.sites if s.discrete or not reason_for(s, self.strategies)]
+            wanted = dict.fromkeys(suited or [s.name for s in target.sites], self.strategies)
         for name, strategy in wanted.items():
-            reason = strategy.refusal(target.site(name), conditionals.get(name))
-            reason = reason or strategy.unsuited(target.site(name), proposal, bound.linear(proposal.branches))
+            reason = reason_for(target.site(name), strategy)
             if reason is None and strategy.closed and name not in target.closed:
                 reason = "the target does not say that log p meets this site through its means alone"
             if reason:
@@ -272,9 +284,22 @@ class Fixed(AbstractEstimator):
             out[name] = strategy
         return out
 
-    def _reason(self, site: Site, conditionals: Mapping[str, Conditional]) -> str | None:
-        reason: str | None = self.strategies.refusal(site, conditionals.get(site.name))
-        return reason
+    def undecided(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> tuple[str, ...]:
+        if not isinstance(self.strategies, Mapping):
+            return ()
+        return tuple(n for n in self.otherwise.undecided(target, proposal, bound) if n not in self.strategies)
+
+    def settle(
+        self,
+        chosen: Mapping[str, AbstractStrategy],
+        sites: tuple[str, ...],
+        target: Target,
+        proposal: AbstractProposal,
+        bound: AbstractBound,
+        samples: int,
+        key: Key,
+    ) -> dict[str, AbstractStrategy]:
+        return self.otherwise.settle(chosen, sites, target, proposal, bound, samples, key)
 
 
 def abstract_conditionals(proposal: AbstractProposal) -> dict[str, Conditional]:

@@ -81,11 +81,11 @@ def pair(site: str, conditional: Conditional, evaluation: Evaluation, b: Array) 
     try:
         along_a, slope_a = evaluation.derivative(site, b - a)
         along_b, slope_b = evaluation.moved(site, b).derivative(site, a - b)
-    except (TypeError, IndexError) as error:
+    except (TypeError, IndexError, ValueError, NotImplementedError) as error:
         raise FitError(
             message(
                 f"site {site!r}",
-                f"a model that cannot be evaluated between the site's values ({str(error).splitlines()[0][:100]})",
+                f"a model that cannot be evaluated or derived between the site's values ({str(error).splitlines()[0][:100]})",
                 "arithmetic on the values, no look-up by them",
                 "use estimator=hivi.Auto()",
             )

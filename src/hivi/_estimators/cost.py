@@ -10,6 +10,8 @@ import equinox as eqx
 import jax
 from jax.extend import core as jex
 
+from hivi import _jaxprs
+
 FREE = {"broadcast_in_dim", "reshape", "squeeze", "stop_gradient", "convert_element_type", "iota", "copy", "slice"}
 """Primitives that move or name values, and compute none."""
 
@@ -22,7 +24,9 @@ def operations(fn: Callable[..., Any], *args: Any) -> float:
         *args: PyTrees; what is not an array in them is fixed.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
-    return _count(jax.make_jaxpr(lambda a: fn(*eqx.combine(a, static)))(arrays).jaxpr)
+    closed = jax.make_jaxpr(lambda a: fn(*eqx.combine(a, static)))(arrays)
+    # Without what no result needs: the compiler drops it, too.
+    return _count(_jaxprs.trimmed(_jaxprs.lift(_jaxprs.inline(closed.jaxpr))))
 
 
 def _count(jaxpr: Any) -> float:

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from hivi._estimators.base import AbstractBaseline, AbstractStrategy, Evaluation, Increment
 from hivi._estimators.leave_one_out import LeaveOneOut
-from hivi._families.base import Conditional
+from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Site
 from hivi._tree import Key, PyTree
 
@@ -40,6 +40,11 @@ class Score(AbstractStrategy):
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "its coordinates are not independent given the family's context"
+
+    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
+        if self.remembers and site.local is not None and site.scale != 1:
+            return f"{type(self.baseline).__name__}() would mix the rows of different minibatches"
+        return None
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         return self.baseline.start(conditional, key)

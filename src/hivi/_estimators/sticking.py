@@ -40,7 +40,7 @@ class StickTheLanding(AbstractStrategy):
         if not linear:
             return "the score that it leaves out has mean zero only under a bound that is linear in the log-weights"
         if not proposal.landable(site.name):
-            return f"{type(proposal).__name__} has no exact density of this site alone"
+            return "its family has no exact density"
         return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:

@@ -134,8 +134,8 @@ def _draw(
     memory: Mapping[str, PyTree],
 ) -> tuple[Array, PyTree, Array]:
     """Log-weight of one draw, what its strategies measured, and the log q(z|lambda) of detached sites."""
-    k_draw, k_inner = jax.random.split(key)
-    inner, k_more = bound.inner, jax.random.fold_in(key, 1)
+    k_draw, k_inner, k_more = jax.random.split(key, 3)
+    inner = bound.inner
     z, context = proposal.propose(k_draw, branch)
     hidden = proposal.hidden(context)
     z, strategies = {**z, **hidden}, {**strategies, **dict.fromkeys(hidden, HIDDEN)}

@@ -122,8 +122,10 @@ def fit(
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
     plan = Plan(tuple(strategies.items()), bound, samples, chosen, optimizer is None, mesh)
     state = initial_state(proposal, target, plan, k_run, steps)
-    if settled.undecided(target, proposal, bound):
-        strategies = settled.settle(target, _warm(state, target, plan), bound, samples, jax.random.fold_in(k_check, 1))
+    dear = settled.undecided(target, proposal, bound)
+    if dear:
+        at = _warm(state, target, plan)
+        strategies = settled.settle(strategies, dear, target, at, bound, samples, jax.random.fold_in(k_check, 1))
         plan = plan._replace(strategies=tuple(strategies.items()))
         state = initial_state(proposal, target, plan, k_run, steps)
     if mesh is not None:

@@ -100,7 +100,7 @@ class Fit:
         if source is None:
             values = np.asarray(_bound_values(self.proposal, self.target, bound or self.bound, key, samples), float)
         else:
-            closed = [n for n, s in self.strategies.items() if s == "Expectation"]
+            closed = [n for n, s in self.strategies.items() if s.startswith("Expectation")]
             values = streamed_bounds(self.target, self.proposal, closed, key, samples, bound or self.bound)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
 

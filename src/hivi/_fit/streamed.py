@@ -14,6 +14,7 @@ import numpy as np
 
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
+from hivi._estimators.auto import label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy
 from hivi._estimators.expectation import Expectation
 from hivi._families.base import AbstractFamily, AbstractProposal
@@ -109,7 +110,7 @@ def fit_streamed(
         seconds=time.monotonic() - began,
         message=f"{passes} passes over {stream.source.rows} rows" + (f", {warm} of them a warm-up" if warm else ""),
         target=target,
-        strategies={name: type(s).__name__ for name, s in strategies.items()},
+        strategies={name: label(s) for name, s in strategies.items()},
     )
 
 
