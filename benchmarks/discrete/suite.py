@@ -95,9 +95,9 @@ NOTES = (
     "loses. KL: over the exact table; q(z) is an average over 65,536 draws of lambda, which overstates it a "
     "little. Worst marginal: the largest error of a probability p(z_i = v|x), or of a continuous site's mean in "
     "posterior standard deviations; where there is no table, from 32,768 draws. Seconds: of the fit, compilation "
-    "included, one thread. HVM: `Hierarchical()` with its default prior `Flow(8)`, grown from the mean-field fit "
-    "(along `hivi.curvature`, where all sites are discrete); full-rank: `FullRank()` with `Linearised()`, grown "
-    "alike; afresh and the mixtures: without a start. Exact differences: `LocalExpectation`, for counts `Difference`. What each "
+    "included, one thread. HVM: `Hierarchical()` with its default prior `Flow(8)`, grown from the mean-field fit; "
+    "full-rank: `FullRank()` with `Linearised()`, grown along `hivi.curvature`, where all sites are discrete; "
+    "afresh and the mixtures: without a start. Exact differences: `LocalExpectation`, for counts `Difference`. What each "
     "problem is: `benchmarks/discrete/README.md`. "
 )
 """What the columns and rows of the table are."""
