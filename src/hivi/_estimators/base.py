@@ -267,7 +267,9 @@ class Fixed(AbstractEstimator):
             wanted = dict(self.strategies)
         else:
             suited = [s.name for s in target.sites if s.discrete or not reason_for(s, self.strategies)]
-            wanted = dict.fromkeys(suited or [s.name for s in target.sites], self.strategies)
+            # Nowhere at home: say why, where it is not only the kind of the sites.
+            kind = [s.name for s in target.sites if not self.strategies.refusal(s, conditionals.get(s.name))]
+            wanted = dict.fromkeys(suited or kind, self.strategies)
         for name, strategy in wanted.items():
             reason = reason_for(target.site(name), strategy)
             if reason is None and strategy.closed and name not in target.closed:
