@@ -15,6 +15,7 @@ from cases import TARGETS, built, perturbed
 from hivi._estimators.auto import label
 from hivi._estimators.base import Fixed
 from hivi._estimators.cost import operations
+from hivi._estimators.measured import Setting, settle
 from hivi._families.product import build_proposal
 
 
@@ -86,7 +87,7 @@ def test_sites_that_a_dict_leaves_out_are_measured():
     proposal = perturbed(built_mean_field(target), jax.random.key(1), 0.7)
     assert estimator.undecided(target, proposal, hivi.Elbo()) == ("u",)
     before = estimator.resolve(target, proposal, hivi.Elbo())
-    after = estimator.settle(before, ("u",), target, proposal, hivi.Elbo(), 2, jax.random.key(0))
+    after = settle(before, ("u",), Setting(target, proposal, hivi.Elbo(), 2), jax.random.key(0))
     assert label(before["u"]) == "Score"
     assert label(after["u"]) != "Score"
     assert after["v"] == hivi.DisARM()

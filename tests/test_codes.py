@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,41 +13,11 @@ from jaxtyping import Array
 from numpyro.distributions import constraints
 
 import hivi
-from cases import TARGETS, perturbed, quick, states
+from cases import TARGETS, perturbed, states
 from hivi._errors import FamilyError
-from hivi._estimators.surrogate import surrogate
-from hivi._families.base import AbstractProposal, Conditional
-from hivi._families.codes import CodesProposal
 from hivi._families.product import build_proposal
 from hivi._space import Latents
-from test_unbiased import Means, agree, flat, keys_of
-
-
-class ForcedCodes(AbstractProposal):
-    """Draw number i, known by its key, takes code i and value i."""
-
-    sites: tuple[Any, ...] = eqx.field(static=True)
-    own: CodesProposal
-    keys: Array
-    codes: Array
-    values: dict[str, Array]
-
-    def propose(self, key: Array, branch: Array | int = 0) -> tuple[Latents, Any]:
-        number = jnp.argmax(jnp.all(jax.random.key_data(key) == self.keys, -1))
-        z, context = self.own.given_code(self.codes[number], key)
-        return {**z, **{n: v[number] for n, v in self.values.items()}}, context
-
-    def hidden(self, context: Any) -> Latents:
-        return self.own.hidden(context)
-
-    def log_q(self, z: Latents, context: Any, key: Array, inner: int = 0) -> dict[str, Array]:
-        return self.own.log_q(z, context, key, inner)
-
-    def log_density(self, z: Latents, key: Array, samples: int = 1) -> Array:
-        return self.own.log_density(z, key, samples)
-
-    def conditionals(self, context: Any) -> dict[str, Conditional]:
-        return self.own.conditionals(context)
+from test_unbiased import Means, agree, means
 
 
 def proposal_of(target: hivi.Target, bits: int = 2) -> Any:
@@ -56,62 +25,32 @@ def proposal_of(target: hivi.Target, bits: int = 2) -> Any:
     return perturbed(built, jax.random.key(1), 0.4)
 
 
-def every_mean(target: hivi.Target, proposal: Any, chosen: Any, bound: Any, samples: int) -> Means:
+def every_code(bits: int) -> Array:
+    return jnp.array(list(itertools.product((0, 1), repeat=bits)))
+
+
+def at_code(own: Any, key: Array, branch: Array | int, given: Latents) -> tuple[Latents, Any]:
+    """A draw whose code is given, too."""
+    _, context = own.given_code(given["code"], key)
+    return {"z": given["z"]}, context
+
+
+def every_mean(target: hivi.Target, strategy: Any, bound: Any, samples: int) -> Means:
     """The mean bound and gradient over all codes and draws, exactly and through the surrogate."""
-    params, static = eqx.partition(proposal, eqx.is_inexact_array)
-    grid = states(target.sites)["z"]
-    codes = jnp.array(list(itertools.product((0, 1), repeat=proposal.effect.shape[1])))
-    pairs = list(itertools.product(range(len(codes)), range(len(grid))))
-    which, value = (jnp.array(x) for x in zip(*pairs, strict=True))
-    draws = samples * bound.draws
-    every = jnp.array(list(itertools.product(range(len(pairs)), repeat=draws)))
-
-    def table(p: Any) -> tuple[Array, Array]:
-        def at(code: Array, z: Array) -> tuple[Array, Array]:
-            _, context = p.given_code(code, jax.random.key(0))
-            given = p.conditionals(context)
-            latents = {"z": z}
-            log_w = target.log_joint(latents) - sum(
-                jnp.sum(t) for t in p.log_q(latents, context, jax.random.key(0)).values()
-            )
-            everything = {**latents, **p.hidden(context)}
-            log_q = sum(jnp.sum(c.likelihood.log_prob(c.lam, everything[n])) for n, c in given.items())
-            return log_w, log_q
-
-        return jax.vmap(at)(codes[which], grid[value])
-
-    def exact(q: Any) -> Array:
-        log_w, log_q = table(eqx.combine(q, static))
-        one = jnp.array(list(itertools.product(range(len(pairs)), repeat=bound.draws)))
-        weight = jnp.exp(jnp.sum(log_q[one], 1))
-        return jnp.sum(weight * bound.value(log_w[one][..., None], jnp.zeros(1)))
-
-    def found(q: Any, log_q: Array) -> Array:
-        own, key = eqx.combine(q, static), jax.random.key(0)
-        keys = jax.random.key_data(keys_of(key, (samples, bound.draws, 1)).draw)
-
-        def at(numbers: Array) -> Array:
-            forced = ForcedCodes(own.sites, own, keys, codes[which][numbers], {"z": grid[value][numbers]})
-            return surrogate(forced, target, chosen, bound, key, samples)[0]
-
-        return jnp.sum(jnp.exp(jnp.sum(log_q[every], 1)) * jax.vmap(at)(every))
-
-    log_q = jax.lax.stop_gradient(table(proposal)[1])
-    a = quick(jax.value_and_grad(exact))(params)
-    b = quick(jax.value_and_grad(found))(params, log_q)
-    return Means((a[0], flat(a[1])), (b[0], flat(b[1])))
+    above = {"code": every_code(2)}
+    return means(target, proposal_of(target), {"z": strategy}, bound, samples, 13, at_code, above)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("strategy", [hivi.LocalExpectation(), hivi.Score(), hivi.Score(baseline=hivi.MovingAverage())])
 def test_gradient_has_the_right_mean(strategy, samples):
     target = TARGETS["pair"]()
-    agree(every_mean(target, proposal_of(target), {"z": strategy}, hivi.Elbo(), samples))
+    agree(every_mean(target, strategy, hivi.Elbo(), samples))
 
 
 def test_gradient_of_a_multi_sample_bound_has_the_right_mean():
     target = TARGETS["pair"]()
-    agree(every_mean(target, proposal_of(target), {"z": hivi.Score()}, hivi.ImportanceWeighted(outer=2), 1))
+    agree(every_mean(target, hivi.Score(), hivi.ImportanceWeighted(outer=2), 1))
 
 
 def test_control_a_signal_without_log_p_is_noticed(monkeypatch):
@@ -123,14 +62,14 @@ def test_control_a_signal_without_log_p_is_noticed(monkeypatch):
     )
     target = TARGETS["pair"]()
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(every_mean(target, proposal_of(target), {"z": hivi.LocalExpectation()}, hivi.Elbo(), 1))
+        agree(every_mean(target, hivi.LocalExpectation(), hivi.Elbo(), 1))
 
 
 def test_log_density_is_that_of_the_mixture_over_all_codes():
     target = TARGETS["chain"]()
     p = proposal_of(target, bits=3)
     grid = states(target.sites)["z"]
-    codes = jnp.array(list(itertools.product((0, 1), repeat=3)))
+    codes = every_code(3)
 
     def joint(z: Array, code: Array) -> Array:
         _, context = p.given_code(code, jax.random.key(0))

@@ -262,3 +262,21 @@ def test_stationary_auxiliary_weighs_its_own_draws_as_it_weighs_others(x64) -> N
 
     terms, excess = check(jax.random.key(3))
     assert float(terms) == pytest.approx(float(excess), abs=1e-5)
+
+
+def test_the_commands_run(monkeypatch, tmp_path):
+    """A row of the suite and one of the noise table, in miniature."""
+    noise = _module("noise")
+    for module, name, value in (
+        (suite, "STEPS", 20), (noise, "STEPS", 20), (noise, "GRADIENTS", 40), (noise, "LEARNING", 3),
+        (suite, "FAMILIES", {n: suite.FAMILIES[n] for n in ("mean-field", "HVM, full-rank")}),
+        (noise, "FAMILIES", {"mean-field": hivi.MeanField()}),
+        (noise, "ESTIMATORS", {n: noise.ESTIMATORS[n] for n in ("score, leave-one-out", "score, moving average", "difference")}),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    suite.run("bernoulli-2", "exact differences", 0, tmp_path / "suite.json")
+    assert [r["kl"] > 0 for r in suite.known(tmp_path / "suite.json").values()] == [True, True]
+    noise.run("bernoulli-2", 0, tmp_path / "noise.json")
+    rows = suite.known(tmp_path / "noise.json")
+    assert rows["bernoulli-2|mean-field|score, leave-one-out|0"]["entries"] == 2
+    assert "not a count" in rows["bernoulli-2|mean-field|difference|0"]["refused"]

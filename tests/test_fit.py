@@ -96,8 +96,8 @@ def test_one_run_equals_an_interrupted_one(tmp_path: Path) -> None:
     """A fit killed with SIGKILL and started again ends with the same bits as one that was not."""
     script = f"""
 import jax, numpy as np
-import hivi._fit.loop as loop
-loop.SAVE_EVERY = 0.0
+import hivi._fit.run as run
+run.SAVE_EVERY = 0.0
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_fit import bernoulli
 import hivi

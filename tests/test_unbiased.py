@@ -34,18 +34,27 @@ from hivi._families.product import build_proposal
 from hivi._space import Latents
 
 
+def as_drawn(own: Any, key: Array, branch: Array | int, given: Latents) -> tuple[Latents, Any]:
+    """A draw whose discrete values are given."""
+    z, context = own.propose(key, branch)
+    return {**z, **given}, context
+
+
 class Forced(AbstractProposal):
-    """A proposal whose discrete draws are given: draw number i, known by its key, takes `values[site][i]`."""
+    """A proposal whose discrete draws are given: draw number i, known by its key, takes `values[name][i]`."""
 
     sites: tuple[Any, ...] = eqx.field(static=True)
     own: AbstractProposal
     keys: Array
     values: dict[str, Array]
+    draw: Callable[..., tuple[Latents, Any]] = eqx.field(static=True)
 
     def propose(self, key: Array, branch: Array | int = 0) -> tuple[Latents, Any]:
-        z, context = self.own.propose(key, branch)
         number = jnp.argmax(jnp.all(jax.random.key_data(key) == self.keys, -1))
-        return {**z, **{n: v[number] for n, v in self.values.items()}}, context
+        return self.draw(self.own, key, branch, {n: v[number] for n, v in self.values.items()})
+
+    def hidden(self, context: Any) -> Latents:
+        return self.own.hidden(context)
 
     def log_q(self, z: Latents, context: Any, key: Array, inner: int = 0) -> dict[str, Array]:
         return self.own.log_q(z, context, key, inner)
@@ -57,7 +66,7 @@ class Forced(AbstractProposal):
         return self.own.conditionals(context)
 
     def gather(self, rows: dict[str, Array]) -> Forced:
-        return Forced(self.sites, self.own.gather(rows), self.keys, self.values)
+        return dataclasses.replace(self, own=self.own.gather(rows))
 
     def scales(self) -> dict[str, float]:
         return self.own.scales()
@@ -106,14 +115,24 @@ def means_by_seed(
     bound: Any,
     samples: int = 1,
     most: int = 13,
+    draw: Callable[..., tuple[Latents, Any]] = as_drawn,
+    above: Mapping[str, Array] | None = None,
 ) -> Callable[[int], Means]:
-    """The means as a function of the continuous noise's seed (and the minibatch's), compiled once."""
+    """The means as a function of the continuous noise's seed (and the minibatch's), compiled once.
+
+    `above` has every value of the family's own discrete variables, which `draw` takes among those given.
+    """
     shape = (samples, bound.draws, proposal.branches)
     count = math.prod(shape)
     branch = jnp.broadcast_to(jnp.arange(shape[2]), shape).reshape(-1)
     discrete = tuple(s for s in target.sites if s.discrete)
     values = states(tuple(dataclasses.replace(s, shape=s.batch_shape) for s in discrete), most)
     number = len(next(iter(values.values())))
+    if above is not None:
+        times = len(next(iter(above.values())))
+        values = {n: jnp.tile(v, (times,) + (1,) * (v.ndim - 1)) for n, v in values.items()}
+        values |= {n: jnp.repeat(v, number, 0) for n, v in above.items()}
+        number = number * times
     params, static = eqx.partition(proposal, eqx.is_inexact_array)
 
     def tables(params: Any, key: Array) -> tuple[Array, Array]:
@@ -122,11 +141,11 @@ def means_by_seed(
         p = eqx.combine(params, static).gather(rows)
 
         def at(k_draw: Array, k_inner: Array, b: Array, value: Latents) -> tuple[Array, Array]:
-            drawn, context = p.propose(k_draw, b)
-            z = {**drawn, **value}
+            z, context = draw(p, k_draw, b, value)
             log_q = total(p.log_q(z, context, k_inner, bound.inner), p.scales())
             given = p.conditionals(context)
-            own = [jnp.sum(given[s.name].likelihood.log_prob(given[s.name].lam, z[s.name])) for s in discrete]
+            known = {s.name: z[s.name] for s in discrete} | p.hidden(context)
+            own = [jnp.sum(given[n].likelihood.log_prob(given[n].lam, v)) for n, v in known.items()]
             return target.log_joint(z, rows) - log_q, sum(own, jnp.zeros(()))
 
         over_values = jax.vmap(at, (None, None, None, 0))
@@ -153,7 +172,7 @@ def means_by_seed(
 
         def at(chosen: Array) -> Array:
             z = {n: v[chosen] for n, v in values.items()}
-            forced = Forced(own.sites, own, jax.random.key_data(keys.draw), z)
+            forced = Forced(own.sites, own, jax.random.key_data(keys.draw), z, draw)
             return surrogate(forced, target, strategies, bound, key, samples)[0]
 
         weight = jnp.exp(jnp.sum(joint(log_q, every), 1))

@@ -37,6 +37,7 @@ import hivi  # noqa: E402
 from hivi._bounds import Elbo  # noqa: E402
 from hivi._estimators.base import AbstractStrategy  # noqa: E402
 from hivi._estimators.cost import operations  # noqa: E402
+from hivi._estimators.measured import Setting, gradient, moments  # noqa: E402
 from hivi._estimators.surrogate import memories, surrogate  # noqa: E402
 from hivi._families.base import AbstractProposal  # noqa: E402
 from hivi._target.base import Target  # noqa: E402
@@ -58,28 +59,6 @@ ESTIMATORS: dict[str, AbstractStrategy] = {
 }
 FAMILIES = {"mean-field": hivi.MeanField(), "HVM": hivi.Hierarchical()}
 Chosen = tuple[tuple[str, AbstractStrategy], ...]
-
-
-def gradients(target: Target, proposal: AbstractProposal, chosen: Chosen, memory: Any, key: Array) -> Array:
-    """Moments of the gradient: mean and variance, (parameters,) each."""
-    params, static = eqx.partition(proposal, eqx.is_inexact_array)
-
-    def one(k: Array) -> Array:
-        def value(p: AbstractProposal) -> Array:
-            return surrogate(eqx.combine(p, static), target, dict(chosen), BOUND, k, SAMPLES, memory=memory)[0]
-
-        return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(jax.grad(value)(params))])
-
-    keys = jax.random.split(key, GRADIENTS)
-    first = one(keys[0])
-
-    def add(sums: tuple[Array, Array], k: Array) -> tuple[tuple[Array, Array], None]:
-        error = one(k) - first
-        return (sums[0] + error, sums[1] + error**2), None
-
-    (total, square), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), keys[1:])
-    mean = total / (GRADIENTS - 1)
-    return jnp.stack([first + mean, square / (GRADIENTS - 1) - mean**2])
 
 
 def learnt(target: Target, proposal: AbstractProposal, chosen: Chosen, key: Array) -> Any:
@@ -145,13 +124,13 @@ def one(
         if reason:
             return {"refused": reason}
     memory = eqx.filter_jit(learnt)(target, proposal, chosen, k_learn)
-    compiled, seconds = eqx.filter_jit(gradients), []
+    setting, seconds = Setting(target, proposal, BOUND, SAMPLES), []
     for _ in range(4):
         began = time.perf_counter()
-        found = np.asarray(compiled(target, proposal, chosen, memory, k_draw), float)
+        found = np.asarray(moments(setting, dict(chosen), k_draw, GRADIENTS, memory), float)
         seconds.append((time.perf_counter() - began) / GRADIENTS)
     mean, variance = found
-    cost = operations(lambda p, k: eqx.filter_grad(value_of)(p, target, chosen, memory, k), proposal, k_draw)
+    cost = operations(lambda s, k: gradient(s, dict(chosen), k, memory), setting, k_draw)
     total, least = float(variance.sum()), min(seconds[1:])  # the first call compiles
     row = {"variance": total, "operations": cost, "seconds": least, "product": total * least}
     if right is not None:
@@ -159,11 +138,6 @@ def one(
         error = np.sqrt(variance / GRADIENTS + (2e-6 * np.abs(right).max()) ** 2)
         row |= {"z": float(np.abs((mean - right) / error).max()), "entries": len(right)}
     return row
-
-
-def value_of(proposal: AbstractProposal, target: Target, chosen: Chosen, memory: Any, key: Array) -> Array:
-    """The surrogate, of which a gradient is one step's estimate."""
-    return surrogate(proposal, target, dict(chosen), BOUND, key, SAMPLES, memory=memory)[0]
 
 
 def conditional(proposal: AbstractProposal, name: str) -> Any:

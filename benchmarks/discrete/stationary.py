@@ -18,7 +18,7 @@ from numpyro.distributions import Normal
 
 from hivi._bijections import _root
 from hivi._families.auxiliary import LAM, AbstractAuxiliary, AbstractAuxiliaryState, Link
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
 
@@ -124,12 +124,10 @@ class StationaryProposal(AbstractProposal):
         return value, (base, log_det)
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
-        base, log_det = context
-        return {"q(base)": Normal(0.0, 1.0).log_prob(base), "q(log det)": -log_det}
+        return gaussian_terms(self.coordinates(z, context))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        point = self.coordinates(z, None)
-        return jnp.sum(Normal(0.0, 1.0).log_prob(point.base)) + point.log_det
+        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         if context is not None:

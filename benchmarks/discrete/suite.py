@@ -114,8 +114,7 @@ def run(name: str, how: str, seed: int, path: Path) -> None:
 def run_families(problem: Problem, target: hivi.Target, wanted: list[str], how: str, seed: int, path: Path) -> None:
     """Families on one problem with one estimator and seed; those that grow share one mean-field fit."""
     k_fit, k_curve, k_measure = jax.random.split(jax.random.key(seed), 3)
-    discrete = [s.name for s in target.sites if s.discrete]
-    estimator = None if strategy is None else dict.fromkeys(discrete, strategy)
+    estimator = {s.name: ESTIMATORS[how](s) for s in target.sites if s.discrete}
     options: dict[str, Any] = {
         "steps": STEPS,
         "samples": SAMPLES,

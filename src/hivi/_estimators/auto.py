@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,7 +15,7 @@ from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_conditionals
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.expectation import Expectation
-from hivi._estimators.measured import Measured, measure
+from hivi._estimators.measured import Measured, Setting, measure_each
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
 from hivi._factored import factorise
@@ -111,25 +110,12 @@ class Auto(AbstractEstimator):
     def _dear(self, choice: Choice) -> bool:
         return isinstance(choice.strategy, Score) or choice.evaluations > self.cheap
 
-    def settle(
-        self,
-        chosen: Mapping[str, AbstractStrategy],
-        sites: tuple[str, ...],
-        target: Target,
-        proposal: AbstractProposal,
-        bound: AbstractBound,
-        samples: int,
-        key: Key,
-    ) -> dict[str, AbstractStrategy]:
-        best = {m[0].site: m[0].strategy for m in _each(chosen, sites, target, proposal, bound, samples, key) if m}
-        return {**chosen, **best}
-
     def measure(
         self, target: Target, proposal: AbstractProposal, bound: AbstractBound, samples: int, key: Key
     ) -> list[list[Measured]]:
         """What every strategy measures at a proposal, best first; one list for each undecided site."""
         chosen, sites = self.resolve(target, proposal, bound), self.undecided(target, proposal, bound)
-        return _each(chosen, sites, target, proposal, bound, samples, key)
+        return measure_each(chosen, sites, Setting(target, proposal, bound, samples), key)
 
     def explain(
         self,
@@ -178,26 +164,6 @@ class Auto(AbstractEstimator):
             rows.append((c.site, label(c.strategy), str(c.evaluations), reason))
         widths = [max(len(r[k]) for r in rows) for k in range(3)]
         return "\n".join("  ".join([*(r[k].ljust(widths[k]) for k in range(3)), r[3]]) for r in rows)
-
-
-def _each(
-    chosen: Mapping[str, AbstractStrategy],
-    sites: tuple[str, ...],
-    target: Target,
-    proposal: AbstractProposal,
-    bound: AbstractBound,
-    samples: int,
-    key: Key,
-) -> list[list[Measured]]:
-    """Site by site, each with the best that was found for those before it."""
-    now, out = dict(chosen), []
-    for number, site in enumerate(sites):
-        exact = not isinstance(chosen[site], Score)
-        found = measure(site, exact, now, target, proposal, bound, samples, jax.random.fold_in(key, number))
-        if found:
-            now[site] = found[0].strategy
-        out.append(found)
-    return out
 
 
 def label(strategy: AbstractStrategy) -> str:

@@ -227,21 +227,8 @@ class AbstractEstimator(eqx.Module):
         """
 
     def undecided(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> tuple[str, ...]:
-        """Sites whose strategy is to be settled by measurement, after a warm-up with what `resolve` says."""
+        """Sites whose strategy is to be settled by measurement (`measured.settle`), after a warm-up with what `resolve` says."""
         return ()
-
-    def settle(
-        self,
-        chosen: Mapping[str, AbstractStrategy],
-        sites: tuple[str, ...],
-        target: Target,
-        proposal: AbstractProposal,
-        bound: AbstractBound,
-        samples: int,
-        key: Key,
-    ) -> dict[str, AbstractStrategy]:
-        """Site -> strategy, after measurement of these sites at this proposal; the others stay as chosen."""
-        return dict(chosen)
 
 
 class Fixed(AbstractEstimator):
@@ -290,18 +277,6 @@ class Fixed(AbstractEstimator):
         if not isinstance(self.strategies, Mapping):
             return ()
         return tuple(n for n in self.otherwise.undecided(target, proposal, bound) if n not in self.strategies)
-
-    def settle(
-        self,
-        chosen: Mapping[str, AbstractStrategy],
-        sites: tuple[str, ...],
-        target: Target,
-        proposal: AbstractProposal,
-        bound: AbstractBound,
-        samples: int,
-        key: Key,
-    ) -> dict[str, AbstractStrategy]:
-        return self.otherwise.settle(chosen, sites, target, proposal, bound, samples, key)
 
 
 def abstract_conditionals(proposal: AbstractProposal) -> dict[str, Conditional]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError
@@ -21,7 +22,7 @@ from hivi._estimators.score import Score
 from hivi._estimators.surrogate import surrogate
 from hivi._families.base import AbstractProposal
 from hivi._target.base import Target
-from hivi._tree import Key, compiled
+from hivi._tree import Key, PyTree, compiled
 
 CANDIDATES: tuple[AbstractStrategy, ...] = (
     LocalExpectation(),
@@ -56,81 +57,107 @@ class Measured(NamedTuple):
         return self.variance * self.operations
 
 
+class Setting(NamedTuple):
+    """Where gradients are measured.
+
+    Attributes:
+        target: log p.
+        proposal: theta and phi.
+        bound: which bound.
+        samples: estimates of the bound per gradient.
+    """
+
+    target: Target
+    proposal: AbstractProposal
+    bound: AbstractBound
+    samples: int
+
+
+def settle(
+    chosen: Mapping[str, AbstractStrategy], sites: tuple[str, ...], setting: Setting, key: Key
+) -> dict[str, AbstractStrategy]:
+    """Site -> strategy: the best that was measured for these sites, the others as chosen."""
+    found = measure_each(chosen, sites, setting, key)
+    return {**chosen, **{m[0].site: m[0].strategy for m in found if m}}
+
+
+def measure_each(
+    chosen: Mapping[str, AbstractStrategy], sites: tuple[str, ...], setting: Setting, key: Key
+) -> list[list[Measured]]:
+    """Every candidate for each of these sites, best first, with the best that was found for the sites before it.
+
+    Exact strategies are tried where the one chosen is exact; a site that has the score function instead is too dear for them.
+    """
+    now, out = dict(chosen), []
+    for number, site in enumerate(sites):
+        exact = not isinstance(chosen[site], Score)
+        found = measure(site, exact, now, setting, jax.random.fold_in(key, number))
+        if found:
+            now[site] = found[0].strategy
+        out.append(found)
+    return out
+
+
 def measure(
-    site: str,
-    exact: bool,
-    others: Mapping[str, AbstractStrategy],
-    target: Target,
-    proposal: AbstractProposal,
-    bound: AbstractBound,
-    samples: int,
-    key: Key,
+    site: str, exact: bool, others: Mapping[str, AbstractStrategy], setting: Setting, key: Key
 ) -> list[Measured]:
     """Every candidate that can serve a site, best first, with the other sites' strategies as given.
 
     Args:
         site: a discrete site with factorised conditionals.
-        exact: whether exact differences are within the budget; otherwise they are not tried.
+        exact: whether exact differences are tried.
         others: site -> strategy.
-        target: log p.
-        proposal: where to measure.
-        bound: which bound.
-        samples: estimates of the bound per gradient.
+        setting: where to measure.
         key: randomness.
     """
+    target, proposal = setting.target, setting.proposal
     conditional = abstract_conditionals(proposal.gather(target.all_rows())).get(site)
-    found = []
+    own, linear, found = target.site(site), setting.bound.linear(proposal.branches), []
     for strategy in CANDIDATES:
         if isinstance(strategy, LocalExpectation | Difference) and not exact:
             continue
-        own = target.site(site)
-        linear = bound.linear(proposal.branches)
         if strategy.refusal(own, conditional) or strategy.unsuited(own, proposal, linear):
             continue
-        chosen = tuple({**others, site: strategy}.items())
+        chosen = {**others, site: strategy}
         try:
-            cost = operations(lambda p, k, c=chosen: _gradient(p, target, c, bound, k, samples), proposal, key)
+            cost = operations(lambda s, k, c=chosen: gradient(s, c, k), setting, key)
         except FitError:  # a model that it cannot evaluate
             continue
-        variance = float(_variance(proposal, target, chosen, bound, key, samples))
-        if jnp.isfinite(variance):
+        variance = float(jnp.sum(moments(setting, chosen, key, PROBES)[1]))
+        if math.isfinite(variance):
             found.append(Measured(site, strategy, variance, cost))
     return sorted(found, key=lambda m: m.product)
 
 
-def _gradient(
-    proposal: AbstractProposal,
-    target: Target,
-    chosen: tuple[tuple[str, AbstractStrategy], ...],
-    bound: AbstractBound,
-    key: Key,
-    samples: int,
-) -> Array:
+def gradient(
+    setting: Setting, chosen: Mapping[str, AbstractStrategy], key: Key, memory: Mapping[str, PyTree] | None = None
+) -> Float[Array, " parameters"]:
+    """One estimate of the bound's gradient, flat."""
+    target, proposal, bound, samples = setting
     params, static = eqx.partition(proposal, eqx.is_inexact_array)
 
     def value(p: AbstractProposal) -> Array:
-        return surrogate(eqx.combine(p, static), target, dict(chosen), bound, key, samples)[0]
+        return surrogate(eqx.combine(p, static), target, chosen, bound, key, samples, memory=memory)[0]
 
     return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(jax.grad(value)(params))])
 
 
 @compiled
-def _variance(
-    proposal: AbstractProposal,
-    target: Target,
-    chosen: tuple[tuple[str, AbstractStrategy], ...],
-    bound: AbstractBound,
+def moments(
+    setting: Setting,
+    chosen: Mapping[str, AbstractStrategy],
     key: Key,
-    samples: int,
-) -> Array:
-    """Trace of the covariance of the gradient; one pass, shifted by the first gradient against cancellation."""
-    keys = jax.random.split(key, PROBES)
-    first = _gradient(proposal, target, chosen, bound, keys[0], samples)
+    count: int,
+    memory: Mapping[str, PyTree] | None = None,
+) -> Float[Array, "2 parameters"]:
+    """Mean and variance of `count` gradients; one pass, shifted by the first gradient against cancellation."""
+    keys = jax.random.split(key, count)
+    first = gradient(setting, chosen, keys[0], memory)
 
     def add(sums: tuple[Array, Array], k: Key) -> tuple[tuple[Array, Array], None]:
-        error = _gradient(proposal, target, chosen, bound, k, samples) - first
+        error = gradient(setting, chosen, k, memory) - first
         return (sums[0] + error, sums[1] + error**2), None
 
     (total, square), _ = jax.lax.scan(add, (jnp.zeros_like(first), jnp.zeros_like(first)), keys[1:])
-    count = PROBES - 1
-    return jnp.sum(square / count - (total / count) ** 2)
+    mean = total / (count - 1)
+    return jnp.stack([first + mean, square / (count - 1) - mean**2])

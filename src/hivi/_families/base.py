@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from numpyro.distributions import Normal
 
 from hivi._errors import FamilyError, message
 from hivi._likelihoods.base import AbstractLikelihood
@@ -291,6 +292,11 @@ class Coordinates(NamedTuple):
 
     base: Float[Array, " dim"]
     log_det: Float[Array, ""]
+
+
+def gaussian_terms(point: Coordinates) -> dict[str, Array]:
+    """Terms of log q of a point whose base is standard normal."""
+    return {"q(base)": Normal(0.0, 1.0).log_prob(point.base), "q(log det)": point.log_det}
 
 
 class AbstractFamily(eqx.Module):

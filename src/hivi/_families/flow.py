@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
 from hivi._bijections import backward, forward, near_identity
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms, require_real
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
 
@@ -59,20 +59,17 @@ class FlowProposal(AbstractProposal):
         return value, (base, log_det)
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
-        base, log_det = context
-        return {"q(base)": Normal(0.0, 1.0).log_prob(base), "q(log det)": -log_det}
+        return gaussian_terms(self.coordinates(z, context))
 
     def landable(self, site: str) -> bool:
         # The derivative of a spline's inverse is too noisy in single precision.
         return self.kind != "spline" and any(s.name == site for s in self.sites)
 
     def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
-        point = held(self).coordinates(z, None)
-        return {"q(base)": Normal(0.0, 1.0).log_prob(point.base), "q(log det)": point.log_det}
+        return gaussian_terms(held(self).coordinates(z, None))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        point = self.coordinates(z, None)
-        return jnp.sum(Normal(0.0, 1.0).log_prob(point.base)) + point.log_det
+        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         if context is not None:

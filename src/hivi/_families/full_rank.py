@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms, require_real
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
 
@@ -60,18 +60,16 @@ class FullRankProposal(AbstractProposal):
         return Layout(self.sites).unflatten(self.location + self.factor() @ base), base
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
-        return {"q(base)": Normal(0.0, 1.0).log_prob(context), "q(log det)": -self.log_diagonal}
+        return gaussian_terms(self.coordinates(z, context))
 
     def landable(self, site: str) -> bool:
         return any(s.name == site for s in self.sites)
 
     def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
-        point = held(self).coordinates(z, None)
-        return {"q(base)": Normal(0.0, 1.0).log_prob(point.base), "q(log det)": point.log_det}
+        return gaussian_terms(held(self).coordinates(z, None))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        point = self.coordinates(z, None)
-        return jnp.sum(Normal(0.0, 1.0).log_prob(point.base)) + point.log_det
+        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         flat = Layout(self.sites).flatten(value)

@@ -1,4 +1,4 @@
-"""`fit`: Algorithm 1 of the paper, in compiled chunks with the host between them."""
+"""`fit`: Algorithm 1 of the paper; what comes before its first step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
-from hivi._errors import FitError, LoadError, message
+from hivi._errors import FitError, message
 from hivi._estimators.auto import Auto, label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
+from hivi._estimators.measured import Setting, settle
 from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
@@ -27,22 +27,15 @@ from hivi._families.mean_field import MeanField
 from hivi._families.product import build_proposal
 from hivi._fit import store
 from hivi._fit.parallel import check_mesh, distribute
-from hivi._fit.progress import Bar
 from hivi._fit.result import Fit
+from hivi._fit.run import Run, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
-from hivi._fit.stopping import MAX_LOST, collapsed, levelled
 from hivi._fit.streamed import fit_streamed, refuse_streamed
-from hivi._space import Latents
 from hivi._target.base import Target, check_start
-from hivi._tree import Key, compiled, finite
+from hivi._tree import Key, finite
 
 LEARNING_RATE = 0.01
-RECOVERIES = 6
 DENSE_LIMIT = 400
-FORGIVE_AFTER = 20
-"""Chunks without trouble after which earlier recoveries no longer count."""
-SAVE_EVERY = 20.0
-"""Seconds between two checkpoints."""
 
 
 def fit(
@@ -116,23 +109,15 @@ def fit(
     k_build, k_check, k_run = jax.random.split(key, 3)
     proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
-    settled = _resolve(estimator)
-    strategies = settled.resolve(target, proposal, bound)
-    check_start(target, _starting_draws(proposal.gather(target.all_rows()), k_check))
+    check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
-    plan = Plan(tuple(strategies.items()), bound, samples, chosen, optimizer is None, mesh)
-    state = initial_state(proposal, target, plan, k_run, steps)
-    dear = settled.undecided(target, proposal, bound)
-    if dear:
-        at = _warm(state, target, plan)
-        strategies = settled.settle(strategies, dear, target, at, bound, samples, jax.random.fold_in(k_check, 1))
-        plan = plan._replace(strategies=tuple(strategies.items()))
-        state = initial_state(proposal, target, plan, k_run, steps)
+    plan = Plan((), bound, samples, chosen, optimizer is None, mesh)
+    plan, state = _planned(plan, _resolve(estimator), target, proposal, steps, (k_run, jax.random.fold_in(k_check, 1)))
     if mesh is not None:
         state, target = _on_mesh(state, target, plan, mesh)
     settings = [steps, samples, learning_rate, repr(tolerance), optimizer is None]
     identity = None if checkpoint is None else _identity(target, family, plan, key, settings, state)
-    run = _Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
+    run = Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
     run.resume()
     outcome = run.go(progress, throw, _label(family))
     return Fit(
@@ -145,7 +130,7 @@ def fit(
         seconds=time.monotonic() - began,
         message=outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else ""),
         target=target,
-        strategies={name: label(s) for name, s in strategies.items()},
+        strategies={name: label(s) for name, s in plan.strategies},
     )
 
 
@@ -159,6 +144,26 @@ def _refuse_conjugate(proposal: AbstractProposal) -> None:
                 "use hivi.MeanField() for its sites",
             )
         )
+
+
+def _planned(
+    plan: Plan,
+    estimator: AbstractEstimator,
+    target: Target,
+    proposal: AbstractProposal,
+    steps: int,
+    keys: tuple[Key, Key],
+) -> tuple[Plan, State]:
+    """The plan with its strategies, measured where the estimator asks for it, and the state before the first step."""
+    strategies = estimator.resolve(target, proposal, plan.bound)
+    plan = plan._replace(strategies=tuple(strategies.items()))
+    state = initial_state(proposal, target, plan, keys[0], steps)
+    undecided = estimator.undecided(target, proposal, plan.bound)
+    if not undecided:
+        return plan, state
+    setting = Setting(target, _warm(state, target, plan), plan.bound, plan.samples)
+    plan = plan._replace(strategies=tuple(settle(strategies, undecided, setting, keys[1]).items()))
+    return plan, initial_state(proposal, target, plan, keys[0], steps)
 
 
 def _warm(state: State, target: Target, plan: Plan) -> AbstractProposal:
@@ -241,155 +246,3 @@ def _continue(start: Fit, target: Target, family: Any) -> AbstractProposal:
             )
         )
     return start.proposal
-
-
-@compiled
-def _starting_draws(proposal: AbstractProposal, key: Key) -> Latents:
-    return jax.vmap(lambda k: proposal.propose(k)[0])(jax.random.split(key, 16))
-
-
-@compiled
-def _terms(target: Target, draws: Latents) -> list[Array]:
-    return jax.vmap(target.terms)(draws)
-
-
-class _Run:
-    """The host's side of one fit: state, history, stopping, recovery and checkpoints."""
-
-    def __init__(
-        self,
-        target: Target,
-        plan: Plan,
-        steps: int,
-        tolerance: float | None,
-        began: float,
-        folder: Path | None,
-        identity: str | None,
-        state: State,
-    ):
-        self.target, self.plan, self.steps, self.tolerance = target, plan, steps, tolerance
-        self.began, self.folder, self.identity, self.state = began, folder, identity, state
-        self.elbo = np.zeros(0)
-        self.stderr = np.zeros(0)
-        self.last = steps
-        self.converged = False
-        self.recoveries = 0
-        self._saved = time.monotonic()
-        self._clean = 0
-
-    def history(self) -> dict[str, np.ndarray]:
-        """One entry per step."""
-        return {"step": np.arange(1, len(self.elbo) + 1), "elbo": self.elbo, "stderr": self.stderr}
-
-    def go(self, progress: bool, throw: bool, label: str) -> str:
-        """Run to the end; return in words why it ended."""
-        with Bar(self.steps, label, progress) as bar:
-            while len(self.elbo) < self.last:
-                good, before = self.state, int(self.state.skipped)
-                new, info = run_chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
-                taken = min(CHUNK, self.last - len(self.elbo))
-                elbo, stderr = (np.asarray(x, float)[:taken] for x in info)
-                trouble = self._trouble(new, before, elbo, taken)
-                if trouble is not None:
-                    failure = self._recover(good, trouble)
-                    if failure is None:
-                        continue
-                    if throw:
-                        raise FitError(failure)
-                    self.converged = False
-                    return failure
-                self.state = new
-                self.elbo, self.stderr = np.append(self.elbo, elbo), np.append(self.stderr, stderr)
-                self._clean = self._clean + 1
-                if self._clean >= FORGIVE_AFTER:
-                    self.recoveries = 0
-                self._maybe_stop()
-                bar.update(len(self.elbo), elbo, len(self.elbo) / (time.monotonic() - self.began))
-                self._checkpoint(finished=len(self.elbo) >= self.last)
-        if self.tolerance is None or not self.converged:
-            plain = self.elbo[: int(self.state.decay_from)] if self.plan.scheduled else self.elbo
-            self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance)
-        return "the bound levelled off" if self.converged else "all steps were taken before the bound levelled off"
-
-    def _maybe_stop(self) -> None:
-        """Once the bound is level, decay the step size over a last stretch and end."""
-        if self.tolerance is None or self.converged or len(self.elbo) >= int(self.state.decay_from):
-            return
-        if not levelled(self.elbo, self.tolerance):
-            return
-        self.converged = True
-        done = len(self.elbo)
-        if not self.plan.scheduled:
-            self.last = done
-            return
-        decay = min(max(500, int(0.4 * done)), self.steps - done)
-        self.last = done + decay
-        self.state = dataclasses.replace(
-            self.state, decay_from=jnp.array(done, jnp.int32), decay_steps=jnp.array(max(decay, 1), jnp.int32)
-        )
-
-    def _trouble(self, new: State, before: int, elbo: np.ndarray, taken: int) -> str | None:
-        skipped = int(new.skipped) - before
-        if skipped > MAX_LOST * taken or not bool(finite(new.proposal)):
-            return f"bound or gradient not finite in {skipped} of {taken} steps"
-        if taken == CHUNK and collapsed(np.append(self.elbo, elbo), CHUNK):
-            return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.elbo[-CHUNK:]):.4g}"
-        return None
-
-    def _recover(self, good: State, trouble: str) -> str | None:
-        """Go back to the last good state with half the step size; a message once that has failed too often."""
-        self.recoveries += 1
-        self._clean = 0
-        if self.recoveries > RECOVERIES:
-            return message(
-                f"fit, after {len(self.elbo)} steps",
-                f"{trouble}, also with the step size halved {RECOVERIES} times; {self._blame(good)}",
-                "a finite bound",
-                "check the model there (a log of zero, an impossible value), rescale the data, or lower learning_rate",
-            )
-        self.state = dataclasses.replace(good, rate=good.rate / 2, key=jax.random.fold_in(good.key, self.recoveries))
-        return None
-
-    def _blame(self, state: State) -> str:
-        """Name the factors that are not finite at draws from the last good state."""
-        bad: set[str] = set()
-        for number in range(32):
-            key = jax.random.fold_in(state.key, number)
-            terms = _terms(self.target, _starting_draws(state.proposal.gather(self.target.all_rows()), key))
-            bad |= {f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))}
-        return f"not finite at draws from q: factors {sorted(bad)}" if bad else "all factors are finite at draws from q"
-
-    def _checkpoint(self, finished: bool) -> None:
-        if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):
-            return
-        self._saved = time.monotonic()
-        arrays = store.pack(self.state) | {"history.elbo": self.elbo, "history.stderr": self.stderr}
-        meta = {
-            "identity": self.identity,
-            "last": self.last,
-            "converged": self.converged,
-            "recoveries": self.recoveries,
-        }
-        store.write(self.folder, "checkpoint", arrays, meta)
-
-    def resume(self) -> None:
-        """Take up the run that the checkpoint folder holds, if it is one of this configuration.
-
-        Raises:
-            LoadError: the folder holds a run of another configuration.
-        """
-        if self.folder is None or not (self.folder / "checkpoint.safetensors").exists():
-            return
-        arrays, meta = store.read(self.folder, "checkpoint")
-        if meta["identity"] != self.identity:
-            raise LoadError(
-                message(
-                    f"checkpoint {self.folder}",
-                    "a run of another configuration (model, data, family, key, steps or options differ)",
-                    "the same configuration",
-                    "choose another folder, or delete this one",
-                )
-            )
-        self.state = store.unpack(self.state, arrays, self.folder)
-        self.elbo, self.stderr = arrays["history.elbo"], arrays["history.stderr"]
-        self.last, self.converged, self.recoveries = meta["last"], meta["converged"], meta["recoveries"]

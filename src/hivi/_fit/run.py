@@ -1,0 +1,180 @@
+"""The host's side of one fit: compiled chunks, and between them history, stopping, recovery and checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from hivi._errors import FitError, LoadError, message
+from hivi._families.base import AbstractProposal
+from hivi._fit import store
+from hivi._fit.progress import Bar
+from hivi._fit.step import CHUNK, Plan, State, run_chunk
+from hivi._fit.stopping import MAX_LOST, collapsed, levelled
+from hivi._space import Latents
+from hivi._target.base import Target
+from hivi._tree import Key, compiled, finite
+
+RECOVERIES = 6
+FORGIVE_AFTER = 20
+"""Chunks without trouble after which earlier recoveries no longer count."""
+SAVE_EVERY = 20.0
+"""Seconds between two checkpoints."""
+
+
+@compiled
+def starting_draws(proposal: AbstractProposal, key: Key) -> Latents:
+    return jax.vmap(lambda k: proposal.propose(k)[0])(jax.random.split(key, 16))
+
+
+@compiled
+def _terms(target: Target, draws: Latents) -> list[Array]:
+    return jax.vmap(target.terms)(draws)
+
+
+class Run:
+    """The host's side of one fit: state, history, stopping, recovery and checkpoints."""
+
+    def __init__(
+        self,
+        target: Target,
+        plan: Plan,
+        steps: int,
+        tolerance: float | None,
+        began: float,
+        folder: Path | None,
+        identity: str | None,
+        state: State,
+    ):
+        self.target, self.plan, self.steps, self.tolerance = target, plan, steps, tolerance
+        self.began, self.folder, self.identity, self.state = began, folder, identity, state
+        self.elbo = np.zeros(0)
+        self.stderr = np.zeros(0)
+        self.last = steps
+        self.converged = False
+        self.recoveries = 0
+        self._saved = time.monotonic()
+        self._clean = 0
+
+    def history(self) -> dict[str, np.ndarray]:
+        """One entry per step."""
+        return {"step": np.arange(1, len(self.elbo) + 1), "elbo": self.elbo, "stderr": self.stderr}
+
+    def go(self, progress: bool, throw: bool, label: str) -> str:
+        """Run to the end; return in words why it ended."""
+        with Bar(self.steps, label, progress) as bar:
+            while len(self.elbo) < self.last:
+                good, before = self.state, int(self.state.skipped)
+                new, info = run_chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
+                taken = min(CHUNK, self.last - len(self.elbo))
+                elbo, stderr = (np.asarray(x, float)[:taken] for x in info)
+                trouble = self._trouble(new, before, elbo, taken)
+                if trouble is not None:
+                    failure = self._recover(good, trouble)
+                    if failure is None:
+                        continue
+                    if throw:
+                        raise FitError(failure)
+                    self.converged = False
+                    return failure
+                self.state = new
+                self.elbo, self.stderr = np.append(self.elbo, elbo), np.append(self.stderr, stderr)
+                self._clean = self._clean + 1
+                if self._clean >= FORGIVE_AFTER:
+                    self.recoveries = 0
+                self._maybe_stop()
+                bar.update(len(self.elbo), elbo, len(self.elbo) / (time.monotonic() - self.began))
+                self._checkpoint(finished=len(self.elbo) >= self.last)
+        if self.tolerance is None or not self.converged:
+            plain = self.elbo[: int(self.state.decay_from)] if self.plan.scheduled else self.elbo
+            self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance)
+        return "the bound levelled off" if self.converged else "all steps were taken before the bound levelled off"
+
+    def _maybe_stop(self) -> None:
+        """Once the bound is level, decay the step size over a last stretch and end."""
+        if self.tolerance is None or self.converged or len(self.elbo) >= int(self.state.decay_from):
+            return
+        if not levelled(self.elbo, self.tolerance):
+            return
+        self.converged = True
+        done = len(self.elbo)
+        if not self.plan.scheduled:
+            self.last = done
+            return
+        decay = min(max(500, int(0.4 * done)), self.steps - done)
+        self.last = done + decay
+        self.state = dataclasses.replace(
+            self.state, decay_from=jnp.array(done, jnp.int32), decay_steps=jnp.array(max(decay, 1), jnp.int32)
+        )
+
+    def _trouble(self, new: State, before: int, elbo: np.ndarray, taken: int) -> str | None:
+        skipped = int(new.skipped) - before
+        if skipped > MAX_LOST * taken or not bool(finite(new.proposal)):
+            return f"bound or gradient not finite in {skipped} of {taken} steps"
+        if taken == CHUNK and collapsed(np.append(self.elbo, elbo), CHUNK):
+            return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.elbo[-CHUNK:]):.4g}"
+        return None
+
+    def _recover(self, good: State, trouble: str) -> str | None:
+        """Go back to the last good state with half the step size; a message once that has failed too often."""
+        self.recoveries += 1
+        self._clean = 0
+        if self.recoveries > RECOVERIES:
+            return message(
+                f"fit, after {len(self.elbo)} steps",
+                f"{trouble}, also with the step size halved {RECOVERIES} times; {self._blame(good)}",
+                "a finite bound",
+                "check the model there (a log of zero, an impossible value), rescale the data, or lower learning_rate",
+            )
+        self.state = dataclasses.replace(good, rate=good.rate / 2, key=jax.random.fold_in(good.key, self.recoveries))
+        return None
+
+    def _blame(self, state: State) -> str:
+        """Name the factors that are not finite at draws from the last good state."""
+        bad: set[str] = set()
+        for number in range(32):
+            key = jax.random.fold_in(state.key, number)
+            terms = _terms(self.target, starting_draws(state.proposal.gather(self.target.all_rows()), key))
+            bad |= {f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))}
+        return f"not finite at draws from q: factors {sorted(bad)}" if bad else "all factors are finite at draws from q"
+
+    def _checkpoint(self, finished: bool) -> None:
+        if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):
+            return
+        self._saved = time.monotonic()
+        arrays = store.pack(self.state) | {"history.elbo": self.elbo, "history.stderr": self.stderr}
+        meta = {
+            "identity": self.identity,
+            "last": self.last,
+            "converged": self.converged,
+            "recoveries": self.recoveries,
+        }
+        store.write(self.folder, "checkpoint", arrays, meta)
+
+    def resume(self) -> None:
+        """Take up the run that the checkpoint folder holds, if it is one of this configuration.
+
+        Raises:
+            LoadError: the folder holds a run of another configuration.
+        """
+        if self.folder is None or not (self.folder / "checkpoint.safetensors").exists():
+            return
+        arrays, meta = store.read(self.folder, "checkpoint")
+        if meta["identity"] != self.identity:
+            raise LoadError(
+                message(
+                    f"checkpoint {self.folder}",
+                    "a run of another configuration (model, data, family, key, steps or options differ)",
+                    "the same configuration",
+                    "choose another folder, or delete this one",
+                )
+            )
+        self.state = store.unpack(self.state, arrays, self.folder)
+        self.elbo, self.stderr = arrays["history.elbo"], arrays["history.stderr"]
+        self.last, self.converged, self.recoveries = meta["last"], meta["converged"], meta["recoveries"]
