@@ -171,6 +171,7 @@ FAMILIES: dict[str, Row] = {
     "mean-field": Row(hivi.MeanField()),
     "full-rank": Row(hivi.FullRank(), discrete=False),
     **{f"flow {k}": Row(hivi.Flow(layers=2, kind=k), discrete=False) for k in KINDS},
+    "standardised": Row(hivi.Standardised(hivi.Flow(layers=2, kind="maf")), discrete=False),
     "mixture": Row(hivi.Mixture(2)),
     **{f"hvm {k}": _hierarchical(hivi.Flow(layers=2, kind=k), hivi.InverseFlow(1, k)) for k in KINDS},
     "hvm planar, linearised": _hierarchical(hivi.Flow(layers=1), hivi.Linearised()),

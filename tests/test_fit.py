@@ -282,7 +282,7 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_default_family_follows_the_supports() -> None:
-    assert hivi.fit(gaussian(), key=KEY, steps=1, progress=False).family == hivi.FullRank()
+    assert hivi.fit(gaussian(), key=KEY, steps=1, progress=False).family == hivi.Standardised()
     assert isinstance(hivi.fit(bernoulli(), key=KEY, steps=1, progress=False).family, hivi.Hierarchical)
 
 

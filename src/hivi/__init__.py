@@ -23,6 +23,7 @@ from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.standardised import Standardised
 from hivi._fit.loop import fit
 from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
@@ -70,6 +71,7 @@ __all__ = [
     "Pathwise",
     "Score",
     "SemiImplicit",
+    "Standardised",
     "StickTheLanding",
     "Target",
     "TargetError",

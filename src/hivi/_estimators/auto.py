@@ -18,6 +18,7 @@ from hivi._estimators.expectation import Expectation
 from hivi._estimators.measured import Measured, Setting, measure_each
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
+from hivi._estimators.sticking import StickTheLanding
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
 from hivi._families.product import ProductProposal, build_proposal
@@ -72,13 +73,13 @@ class Auto(AbstractEstimator):
             Choice(s.name, Expectation(), 1, "log p meets it through means that its family has in closed form")
             if s.name in closed
             else self._choose(s, s.name in conditionals, palette.get(s.name, 1))
+            if s.discrete
+            else _continuous(s, proposal, bound)
             for s in target.sites
         ]
 
     def _choose(self, site: Site, conditional: bool, count: int) -> Choice:
         plural = f"{count} colour{'s' * (count != 1)}"
-        if not site.discrete:
-            return Choice(site.name, Pathwise(), 1, "continuous: the draw is reparameterised")
         if not conditional:
             raise FitError(
                 message(
@@ -164,6 +165,13 @@ class Auto(AbstractEstimator):
             rows.append((c.site, label(c.strategy), str(c.evaluations), reason))
         widths = [max(len(r[k]) for r in rows) for k in range(3)]
         return "\n".join("  ".join([*(r[k].ljust(widths[k]) for k in range(3)), r[3]]) for r in rows)
+
+
+def _continuous(site: Site, proposal: AbstractProposal, bound: AbstractBound) -> Choice:
+    landing = StickTheLanding()
+    if proposal.lands and landing.unsuited(site, proposal, bound.linear(proposal.branches)) is None:
+        return Choice(site.name, landing, 1, "continuous, and its family starts near the posterior: no score of q")
+    return Choice(site.name, Pathwise(), 1, "continuous: the draw is reparameterised")
 
 
 def label(strategy: AbstractStrategy) -> str:

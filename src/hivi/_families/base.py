@@ -11,7 +11,6 @@ not a density. Every bound then follows from `log_p - log_q` by Jensen's inequal
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,8 @@ from jaxtyping import Array, Float, Int
 from numpyro.distributions import Normal
 
 from hivi._errors import FamilyError, message
+from hivi._families.checks import require_real as require_real
+from hivi._families.checks import with_concentration as with_concentration
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
@@ -71,6 +72,16 @@ class AbstractProposal(eqx.Module):
 
     def landable(self, site: str) -> bool:
         """Whether `landed` can serve a site: exact densities of continuous sites."""
+        return False
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the default optimiser, where the user names none."""
+        return 0.01
+
+    @property
+    def lands(self) -> bool:
+        """Whether to stick the landing where it can: families that come close to a posterior, or start there."""
         return False
 
     def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
@@ -159,6 +170,10 @@ class AbstractProposal(eqx.Module):
 
     def precondition(self, rule: Callable[[Array], Array]) -> AbstractProposal:
         """For a gradient of a prior over lambda: itself with `rule` applied to the location's part, where there is one."""
+        return self
+
+    def started(self, search: Callable[[], tuple[Array, Array]]) -> AbstractProposal:
+        """The proposal at the best Gaussian over its sites: `search` finds its mean (D,) and Cholesky factor (D, D)."""
         return self
 
     def grown(self, lam: dict[str, Array]) -> AbstractProposal:
@@ -357,40 +372,3 @@ def size_of(shape: Sequence[int]) -> int:
     for n in shape:
         size *= n
     return size
-
-
-def with_concentration(sites: tuple[Site, ...], concentration: float | None) -> tuple[Site, ...]:
-    """The sites with negative-binomial q for counts, where a concentration is given.
-
-    Raises:
-        FamilyError: a concentration that is not positive.
-    """
-    if concentration is None:
-        return sites
-    if not concentration > 0:
-        raise FamilyError(
-            message("concentration=...", repr(concentration), "a positive number", "1 is Geometric, None Poisson")
-        )
-    values = (dataclasses.replace(s.values, concentration=float(concentration)) for s in sites)
-    return tuple(
-        dataclasses.replace(s, values=v) if v.kind == "count" else s for s, v in zip(sites, values, strict=True)
-    )
-
-
-def require_real(family: str, sites: Sequence[Site]) -> None:
-    """Refuse discrete sites.
-
-    Raises:
-        FamilyError: naming the first discrete site.
-    """
-    for s in sites:
-        if s.discrete:
-            raise FamilyError(
-                message(
-                    f"{family} at site {s.name!r}",
-                    f"a discrete site ({s.values.kind})",
-                    "continuous sites only",
-                    "use Hierarchical(), MeanField() or Mixture() for it, for example "
-                    f"family={{{s.name!r}: hivi.Hierarchical(), ...}}",
-                )
-            )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,15 @@ class FullRankProposal(AbstractProposal):
     def landable(self, site: str) -> bool:
         return any(s.name == site for s in self.sites)
 
+    @property
+    def lands(self) -> bool:
+        return True
+
+    def started(self, search: Callable[[], tuple[Array, Array]]) -> FullRankProposal:
+        location, root = search()
+        diagonal = jnp.diagonal(root)
+        return FullRankProposal(self.sites, location, jnp.log(diagonal), jnp.tril(root / diagonal[:, None], -1))
+
     def landed(self, z: Latents, context: PyTree, sites: frozenset[str]) -> dict[str, Array]:
         return gaussian_terms(held(self).coordinates(z, None))
 
@@ -93,5 +104,4 @@ class FullRankProposal(AbstractProposal):
     def stretch(self, extra: Array) -> FullRankProposal:
         old = self.factor()
         root = jnp.linalg.cholesky(old @ old.T + extra.T @ extra)
-        diagonal = jnp.diagonal(root)
-        return FullRankProposal(self.sites, self.location, jnp.log(diagonal), jnp.tril(root / diagonal[:, None], -1))
+        return self.started(lambda: (self.location, root))

@@ -25,16 +25,17 @@ from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.product import build_proposal
+from hivi._families.standardised import Standardised
 from hivi._fit import store
+from hivi._fit.gaussian_start import best_gaussian
 from hivi._fit.parallel import check_mesh, distribute
 from hivi._fit.result import Fit
 from hivi._fit.run import Run, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.streamed import fit_streamed, refuse_streamed
-from hivi._target.base import Target, check_start
+from hivi._target.base import Target, check_start, full_size
 from hivi._tree import Key, finite
 
-LEARNING_RATE = 0.01
 DENSE_LIMIT = 400
 
 
@@ -48,7 +49,7 @@ def fit(
     bound: AbstractBound | None = None,
     estimator: AbstractEstimator | AbstractStrategy | Mapping[str, AbstractStrategy] | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float | None = None,
     tolerance: float | None = 1.0,
     progress: bool = True,
     checkpoint: str | Path | None = None,
@@ -69,7 +70,7 @@ def fit(
         estimator: `Auto()` if None; or one strategy, or a dict from site to strategy.
         optimizer: any Optax optimiser (it minimises the negative bound); None takes Adam with warm-up, and with a cosine
             decay that starts when the bound has levelled off.
-        learning_rate: of the default optimiser.
+        learning_rate: of the default optimiser; None takes the family's: 0.01, or 0.002 in standardised coordinates.
         tolerance: stop when the smoothed bound rises by less than this many of its standard errors; None runs every step.
         progress: show a progress bar on a terminal.
         checkpoint: a folder; where it holds an interrupted run of the same configuration, that run is resumed, bit for bit.
@@ -100,7 +101,7 @@ def fit(
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
         return fit_streamed(
             target, family, key=key, steps=steps, samples=samples, bound=Elbo() if bound is None else bound,
-            estimator=_resolve(estimator), learning_rate=learning_rate, progress=progress,
+            estimator=_resolve(estimator), learning_rate=learning_rate or 0.01, progress=progress,
         )  # fmt: skip
     chosen_for_them = family is None and start is None
     if family is None:
@@ -109,13 +110,16 @@ def fit(
     k_build, k_check, k_run = jax.random.split(key, 3)
     proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
+    if start is None and full_size(target):
+        proposal = proposal.started(lambda: best_gaussian(target, proposal.sites, jax.random.fold_in(k_check, 2)))
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
-    chosen = default_optimizer(learning_rate) if optimizer is None else optimizer
+    rate = proposal.learning_rate if learning_rate is None else learning_rate
+    chosen = default_optimizer(rate) if optimizer is None else optimizer
     plan = Plan((), bound, samples, chosen, optimizer is None, mesh)
     plan, state = _planned(plan, _resolve(estimator), target, proposal, steps, (k_run, jax.random.fold_in(k_check, 1)))
     if mesh is not None:
         state, target = _on_mesh(state, target, plan, mesh)
-    settings = [steps, samples, learning_rate, repr(tolerance), optimizer is None]
+    settings = [steps, samples, rate, repr(tolerance), optimizer is None]
     identity = None if checkpoint is None else _identity(target, family, plan, key, settings, state)
     run = Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
     run.resume()
@@ -192,12 +196,15 @@ def _identity(target: Target, family: Any, plan: Plan, key: Key, settings: list[
 def default_family(target: Target) -> AbstractFamily:
     """What `fit` takes for `family=None`: by the supports of the target's sites.
 
-    Discrete sites (with or without continuous ones): `Hierarchical()` over all. Continuous sites only: `FullRank()` up
-    to 400 coordinates, `MeanField()` beyond.
+    Discrete sites (with or without continuous ones): `Hierarchical()` over all. Continuous sites only: up to 400 coordinates
+    `Standardised()`, a flow that starts at the best Gaussian (`FullRank()` where the target comes in minibatches);
+    `MeanField()` beyond.
     """
     if any(s.discrete for s in target.sites):
         return Hierarchical()
-    return FullRank() if sum(int(np.prod(s.shape)) for s in target.sites) <= DENSE_LIMIT else MeanField()
+    if sum(int(np.prod(s.shape)) for s in target.sites) > DENSE_LIMIT:
+        return MeanField()
+    return Standardised() if full_size(target) else FullRank()
 
 
 def _label(family: Any) -> str:

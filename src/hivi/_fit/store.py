@@ -33,13 +33,14 @@ from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.standardised import Standardised
 from hivi._space import Plate, Site, Values
 from hivi._tree import PyTree, compiled
 
 KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
-        MeanField, MeanFieldGamma, Amortised, FullRank, Flow, Mixture, Hierarchical, Codes,
+        MeanField, MeanFieldGamma, Amortised, FullRank, Flow, Mixture, Standardised, Hierarchical, Codes,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
 }  # fmt: skip

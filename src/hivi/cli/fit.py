@@ -17,6 +17,7 @@ from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.standardised import Standardised
 from hivi._fit.loop import default_family
 from hivi._fit.loop import fit as run_fit
 from hivi._fit.progress import plain_lines
@@ -36,6 +37,7 @@ class Family(enum.StrEnum):
 
     mean_field = "mean-field"
     full_rank = "full-rank"
+    standardised = "standardised"
     flow = "flow"
     mixture = "mixture"
     hierarchical = "hierarchical"
@@ -44,6 +46,7 @@ class Family(enum.StrEnum):
 FAMILIES: dict[Family, AbstractFamily] = {
     Family.mean_field: MeanField(),
     Family.full_rank: FullRank(),
+    Family.standardised: Standardised(),
     Family.flow: Flow(),
     Family.mixture: Mixture(components=4),
     Family.hierarchical: Hierarchical(),
