@@ -206,6 +206,7 @@ STRATEGIES: dict[str, Any] = {
     "score": hivi.Score(),
     "local expectation": hivi.LocalExpectation(),
     "difference": hivi.Difference(),
+    "enumeration": hivi.Enumeration(),
     "pathwise": hivi.Pathwise(),
 }
 

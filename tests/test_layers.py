@@ -58,6 +58,7 @@ PAIRS = {
     ("_estimators/measured.py", "_estimators/cost.py"),
     ("_estimators/measured.py", "_estimators/differences.py"),
     ("_estimators/measured.py", "_estimators/disarm.py"),
+    ("_estimators/measured.py", "_estimators/enumeration.py"),
     ("_estimators/measured.py", "_estimators/score.py"),
     ("_estimators/measured.py", "_estimators/surrogate.py"),
     ("_estimators/differences.py", "_estimators/disarm.py"),

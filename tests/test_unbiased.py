@@ -203,9 +203,9 @@ def agree(result: Means, rounding: float = 2e-5) -> None:
 
 
 def strategies(target: hivi.Target, kind: str) -> dict[str, AbstractStrategy]:
-    """ "score" or "exact" for the discrete sites, pathwise for the others."""
+    """ "score", "enumeration" or "exact" for the discrete sites, pathwise for the others."""
     exact = {"finite": "local expectation", "count": "difference", "binomial": "difference"}
-    names = {s.name: ("score" if kind == "score" else exact[s.values.kind]) if s.discrete else "pathwise"
+    names = {s.name: (exact[s.values.kind] if kind == "exact" else kind) if s.discrete else "pathwise"
              for s in target.sites}  # fmt: skip
     return {site: STRATEGIES[name] for site, name in names.items()}
 
@@ -246,6 +246,11 @@ DEFAULT: list[Case] = [
     *crossed("hvm full-rank", "pair", "score", bounds="inner 2"),
     *crossed("hvm mean-field", "pair", "score", bounds="outer 3"),
     *crossed("hvm planar", "pair", "exact", bounds="elbo"),
+    *crossed("mean-field", "pair", "enumeration", bounds="elbo | outer 2, inner 2"),
+    *crossed("mean-field", "sites", "enumeration", bounds="elbo"),
+    *crossed("mean-field", "binomial", "enumeration", bounds="elbo"),
+    *crossed("hvm full-rank", "pair", "enumeration", bounds="elbo | inner 2"),
+    *crossed("mixture", "mixed", "enumeration", bounds="elbo"),
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
 ]
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"

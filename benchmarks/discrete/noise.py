@@ -56,6 +56,7 @@ ESTIMATORS: dict[str, AbstractStrategy] = {
     "local expectation": hivi.LocalExpectation(),
     "local expectation, coupled": hivi.LocalExpectation(coupled=True),
     "difference": hivi.Difference(),
+    "enumeration": hivi.Enumeration(),
 }
 FAMILIES = {"mean-field": hivi.MeanField(), "HVM": hivi.Hierarchical()}
 Chosen = tuple[tuple[str, AbstractStrategy], ...]

@@ -7,6 +7,7 @@ from hivi._estimators.auto import Auto
 from hivi._estimators.control_variates import DoubleControlVariates
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.disarm import DisARM
+from hivi._estimators.enumeration import Enumeration
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.learned import Learned
 from hivi._estimators.leave_one_out import LeaveOneOut
@@ -47,6 +48,7 @@ __all__ = [
     "DisARM",
     "DoubleControlVariates",
     "Elbo",
+    "Enumeration",
     "Estimate",
     "Expectation",
     "FamilyError",

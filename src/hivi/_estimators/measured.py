@@ -18,6 +18,7 @@ from hivi._estimators.control_variates import DoubleControlVariates
 from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.disarm import DisARM
+from hivi._estimators.enumeration import Enumeration
 from hivi._estimators.score import Score
 from hivi._estimators.surrogate import surrogate
 from hivi._families.base import AbstractProposal
@@ -30,6 +31,7 @@ CANDIDATES: tuple[AbstractStrategy, ...] = (
     Difference(),
     DisARM(),
     DoubleControlVariates(),
+    Enumeration(),
     Score(),
 )
 """Those that need no past; baselines that remember are only as good as what they have seen."""

@@ -45,6 +45,10 @@ class AbstractLikelihood(eqx.Module):
     def mean(self, lam: Float[Array, "*shape width"]) -> Float[Array, "*shape"]:
         """E[z_i | lambda_i]."""
 
+    def support(self) -> tuple[int, int]:
+        """Of a discrete kind: the smallest value, and the number of values, 0 where it is infinite."""
+        return 0, 0
+
     @abc.abstractmethod
     def moves(self, z: Array) -> Array:
         """Values to which each coordinate moves in the local expectation: (moves, *shape), none if continuous."""

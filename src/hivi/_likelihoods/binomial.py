@@ -41,6 +41,9 @@ class BinomialLikelihood(AbstractLikelihood):
     def mean(self, lam: Array) -> Array:
         return self.low + (self.count - 1) * jax.nn.sigmoid(lam[..., 0])
 
+    def support(self) -> tuple[int, int]:
+        return self.low, self.count
+
     def moves(self, z: Array) -> Array:
         return jnp.minimum(z + 1, self.low + self.count - 1)[None]
 

@@ -54,6 +54,9 @@ class FiniteLikelihood(AbstractLikelihood):
         values = self.low + jnp.arange(self.count, dtype=lam.dtype)
         return jnp.exp(self.logits(lam)) @ values
 
+    def support(self) -> tuple[int, int]:
+        return self.low, self.count
+
     def moves(self, z: Array) -> Array:
         shifts = jnp.arange(1, self.count, dtype=z.dtype).reshape((-1,) + (1,) * z.ndim)
         return (z - self.low + shifts) % self.count + self.low

@@ -54,6 +54,9 @@ class NegativeBinomialLikelihood(AbstractLikelihood):
     def mean(self, lam: Array) -> Array:
         return self.low + jnp.exp(capped(lam[..., 0]))
 
+    def support(self) -> tuple[int, int]:
+        return self.low, 0
+
     def moves(self, z: Array) -> Array:
         return (z + 1)[None]
 

@@ -63,6 +63,9 @@ class PoissonLikelihood(AbstractLikelihood):
     def mean(self, lam: Array) -> Array:
         return self.low + self.rate(lam)
 
+    def support(self) -> tuple[int, int]:
+        return self.low, 0
+
     def moves(self, z: Array) -> Array:
         return (z + 1)[None]
 
