@@ -15,7 +15,7 @@ import numpyro
 import pytest
 import scipy.optimize
 from jaxtyping import Array
-from numpyro.distributions import Bernoulli, Normal, Poisson, constraints
+from numpyro.distributions import Bernoulli, Poisson, constraints
 
 import hivi
 from cases import categorical, counts, mixed, pair
@@ -299,7 +299,7 @@ def test_a_fit_along_directions_leaves_the_saddle(table: Curvature, tmp_path: An
 def test_continuous_sites_are_drawn():
     """A Bernoulli beside two Normals: the block has one coordinate, whose own second derivative is zero."""
     fit = hivi.fit(mixed(), hivi.MeanField(), key=jax.random.key(0), steps=200, progress=False)
-    found = curvature(fit, key=jax.random.key(1), samples=256)
+    found = curvature(fit, key=jax.random.key(1), samples=256, sites=["z"])
     assert found.eigenvalues.tolist() == [0.0]
     assert found.share == 0.0
 
@@ -319,10 +319,6 @@ def test_bad_input(table: Curvature, documents: hivi.Fit):
             curvature(documents, key=key, rows=rows)
     with pytest.raises(hivi.FitError, match="numbers to keep"):
         curvature(table.fit, key=key, samples=2**29)
-    target = hivi.from_log_joint(lambda z: Normal(0.0, 1.0).log_prob(z["x"]), {"x": hivi.Latent()})
-    normal = hivi.fit(target, hivi.MeanField(), key=key, steps=5, progress=False)
-    with pytest.raises(hivi.FitError, match=r"'x'.*no discrete mean-field site"):
-        curvature(normal, key=key)
     never = hivi.from_log_joint(
         lambda z: jnp.where(z["z"][0] == 1, -jnp.inf, 0.0), {"z": hivi.Latent((2,), constraints.boolean)}
     )

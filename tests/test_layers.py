@@ -55,6 +55,7 @@ PAIRS = {
     ("_estimators/auto.py", "_estimators/sticking.py"),
     ("_estimators/auto.py", "_estimators/measured.py"),
     ("_estimators/measured.py", "_estimators/control_variates.py"),
+    ("_estimators/second_order.py", "_estimators/hessian.py"),
     ("_estimators/measured.py", "_estimators/cost.py"),
     ("_estimators/measured.py", "_estimators/differences.py"),
     ("_estimators/measured.py", "_estimators/disarm.py"),

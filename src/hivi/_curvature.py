@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hivi._errors import FitError, message
-from hivi._estimators.second_order import Block, Pairs, eigenpairs, signals
-from hivi._families.base import Directions
+from hivi._estimators.hessian import Bend
+from hivi._estimators.second_order import Block, Pairs, eigenpairs, information, signals
+from hivi._families.base import AbstractProposal, Directions
 from hivi._fit.result import Estimate, Fit
 from hivi._likelihood import likelihood
 from hivi._space import Plate, Site
@@ -51,7 +52,8 @@ class Curvature:
         eigenvalues: kappa = e'Me of each direction, in nats per unit variance of the natural parameters; from draws
             that did not choose the direction, hence unbiased for it.
         stderr: standard errors of the eigenvalues.
-        vectors: site -> unit directions e, (top, *site shape, width); for rows (rows, top, *shape of a row, width).
+        vectors: site -> unit directions e, (top, *site shape, width); for rows (rows, top, *shape of a row, width). A
+            continuous site has its location, in standard deviations, and its log standard deviation.
         spread: s that the expansion is trusted for and that pays best, 0 where kappa is not above its noise.
         price: c, where c s^4 is the leading order of KL(q || q_0), which a spread s costs.
         rows: which rows of the plate were tested; None for global sites.
@@ -107,7 +109,13 @@ class Curvature:
     def directions(self) -> Directions:
         """What `Hierarchical(start=...)` starts along: unit vectors and spreads."""
         rows = None if self.rows is None else jnp.asarray(self.rows)
-        return Directions({n: jnp.asarray(v) for n, v in self.vectors.items()}, jnp.asarray(self.spread), rows)
+        lam, found = self.fit.proposal.parameters(), {n: jnp.asarray(v) for n, v in self.vectors.items()}
+        for s in self.fit.sites:
+            if s.name in found and not s.discrete:  # back to the location's own units
+                scale = jnp.exp(lam[s.name][..., 1])
+                row = None if s.local is None or rows is None else jnp.moveaxis(scale, s.local[1], 0)[rows][:, None]
+                found[s.name] = found[s.name].at[..., 0].multiply(scale[None] if row is None else row)
+        return Directions(found, jnp.asarray(self.spread), rows)
 
     @property
     def couples(self) -> tuple[str, ...]:
@@ -152,28 +160,37 @@ class Curvature:
 
 
 def curvature(
-    fit: Fit, *, key: Key, samples: int = 2048, top: int = 3, rows: Sequence[int] | np.ndarray | None = None
+    fit: Fit,
+    *,
+    key: Key,
+    samples: int = 2048,
+    top: int = 3,
+    rows: Sequence[int] | np.ndarray | None = None,
+    sites: Sequence[str] | None = None,
 ) -> Curvature:
     r"""The second-order test at a mean-field optimum q_0 = q(z|mu): is there a direction worth mixing?
 
     Mixing lambda = mu + epsilon with a small covariance A changes the ELBO (with an exact r) by `1/2 tr(A M)`,
     `M = d2/dlambda2 E_q(z|lambda)[log p(x,z) - log q_0(z)]` at mu; off the diagonal, in natural parameters,
     `M_ij = v_i v_j E[D_i D_j log p]`. Estimated as `Cov(v D f, score)` over draws, matrix-vector products only.
-    The top directions come from one half of the draws, their eigenvalues from the other.
+    Among continuous sites, `M = E[d2 f / dlambda2]` by Hessian-vector products at draws, lambda the location in units of the
+    standard deviation, and its log: `M_ij = s_i s_j E[d2 log p / dz_i dz_j]` between locations. The top directions come from
+    one half of the draws, their eigenvalues from the other.
 
     Args:
-        fit: a fit whose discrete sites are mean-field; other sites are drawn from q. Where sites of a subsampled plate are
-            among them, those are tested, row by row (M is block-diagonal over rows); else all of them in one block.
+        fit: a fit with mean-field sites, discrete or continuous; other sites are drawn from q. Where sites of a subsampled
+            plate are among them, those are tested, row by row (M is block-diagonal over rows); else all in one block.
         key: a JAX random key.
         samples: draws, at least 64; standard errors fall with its square root.
         top: number of directions, at least 1.
         rows: which rows of the subsampled plate; None takes 64 at random.
+        sites: names of the sites to test; None takes all mean-field ones.
 
     Returns:
         A `Curvature`; print it. `hivi.Hierarchical(start=curvature)` grows a hierarchy along what was found.
 
     Raises:
-        FitError: no discrete mean-field site, no target, or arguments out of range.
+        FitError: no mean-field site, no target, or arguments out of range.
 
     Example:
         >>> import hivi, jax, jax.numpy as jnp
@@ -189,7 +206,7 @@ def curvature(
         >>> found.couples[0]
         'z[0] (+0.71) against z[1] (-0.71)'
     """
-    target, block = _check(fit, samples, top)
+    target, block = _check(fit, samples, top, sites)
     plate, chosen = _choose_rows(block, rows, key)
     size = samples * block.link.dim * (1 if chosen is None else -(-len(chosen) // plate.batch) * plate.batch)
     if size > MEMORY:
@@ -203,16 +220,27 @@ def curvature(
     for number, group in enumerate(_groups(plate, chosen)):
         h, score = signals(fit.proposal, target, block, group, jax.random.fold_in(k_draws, number), samples)
         local = fit.proposal.gather({**target.all_rows(), **group}).parameters()
-        fisher = {s.name: block.front(s, likelihood(s).fisher(local[s.name])) for s in block.sites}
+        fisher = {s.name: block.front(s, information(s, local[s.name])) for s in block.sites}
         _check_finite(block, h)
         count = min(top, block.link.dim)
-        parts.append(eigenpairs(block.link, h, score, fisher, count, jax.random.fold_in(k_pairs, number)))
+        k_own = jax.random.fold_in(k_pairs, number)
+        bend = _bend(fit.proposal, target, block, jax.random.fold_in(k_own, 1), samples)
+        parts.append(eigenpairs(block.link, h, score, fisher, count, k_own, bend))
     keep = 1 if chosen is None else len(chosen)
     pairs = Pairs(*(jnp.concatenate(arrays)[:keep] for arrays in zip(*parts, strict=True)))
     return _result(fit, block, pairs, plate, chosen)
 
 
-def _check(fit: Fit, samples: int, top: int) -> tuple[Target, Block]:
+def _bend(proposal: AbstractProposal, target: Target, block: Block, key: Key, samples: int) -> tuple[Bend, Bend] | None:
+    """Hessian-vector products of a global block's continuous sites, at draws for each half; None where there are none."""
+    real = tuple(s for s in block.sites if not s.discrete)
+    if block.local or not real:
+        return None
+    keys, half = jax.random.split(key, samples), samples // 2
+    return Bend(proposal, target, real, keys[:half]), Bend(proposal, target, real, keys[half:])
+
+
+def _check(fit: Fit, samples: int, top: int, names: Sequence[str] | None) -> tuple[Target, Block]:
     if not isinstance(fit, Fit):
         raise FitError(message("curvature", type(fit).__name__, "a mean-field Fit", "pass what hivi.fit returned"))
     if fit.target is None:
@@ -226,15 +254,17 @@ def _check(fit: Fit, samples: int, top: int) -> tuple[Target, Block]:
     if top < 1:
         raise FitError(message("curvature(top=...)", str(top), "at least 1", "ask for one direction"))
     known = fit.proposal.parameters()
-    sites = [s for s in fit.sites if s.discrete and s.name in known]
-    if not sites:
-        found = ", ".join(f"{s.name!r} ({s.values.kind})" for s in fit.sites)
+    wanted = {s.name for s in fit.sites} if names is None else {fit.target.site(n).name for n in names}
+    sites = [s for s in fit.sites if s.name in wanted and s.name in known]
+    missing = [s for s in fit.sites if s.name in wanted and s.name not in known]
+    if not sites or (names is not None and missing):
+        found = ", ".join(f"{s.name!r} ({s.values.kind})" for s in missing)
         raise FitError(
             message(
-                f"curvature at {'site' if len(fit.sites) == 1 else 'sites'} {found}",
-                f"no discrete mean-field site in {type(fit.proposal).__name__}",
-                "at least one discrete site with a mean-field q",
-                "fit the discrete sites with family=hivi.MeanField(); for continuous ones use FullRank() or Flow()",
+                f"curvature at {'site' if len(missing) == 1 else 'sites'} {found}",
+                f"no mean-field q in {type(fit.proposal).__name__}",
+                "sites with a mean-field q",
+                "fit them with family=hivi.MeanField()",
             )
         )
     wide = [s.name for s in fit.proposal.sites if s.values.concentration > 0]
@@ -348,8 +378,11 @@ def _mean(values: np.ndarray, errors: np.ndarray) -> Estimate:
 
 
 def _names(site: Site) -> list[str]:
-    """Text of every parameter of a site: `z[0]`, or `z[0]=2` where each value has a logit."""
+    """Text of every parameter of a site: `z[0]`, `z[0]=2` where each value has a logit, `log sd of z[0]`."""
     own = likelihood(site)
     values = [""] if own.width == 1 else [f"={site.values.low + k}" for k in range(own.width)]
     places = [",".join(map(str, i)) for i in np.ndindex(*site.shape)]
-    return [f"{site.name}[{p}]{v}" if p else f"{site.name}{v}" for p in places for v in values]
+    full = [f"{site.name}[{p}]" if p else site.name for p in places]
+    if not site.discrete:
+        return [text for name in full for text in (name, f"log sd of {name}")]
+    return [f"{name}{v}" for name in full for v in values]

@@ -3,6 +3,9 @@
 At mu, with f = log p - log q_0, the gradient of E_q(z|lambda)[f] is E[h], h the weighted differences of f
 (`move_weights`), and d/dlambda_j E[h_i] = E[h_i score_j] + E[dh_i/dlambda_j]. The last term is proportional to the gradient, zero
 at the optimum. So the Hessian is `M = Cov(h, score)`, estimated by its symmetric part over draws.
+
+A Normal site has h from its pathwise gradient, with the location in units of its standard deviation; where all sites are
+global, the block of Normal sites comes from Hessian-vector products instead (`hessian.Bend`), the rest from the covariance.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from hivi._estimators.hessian import Bend, pathwise
 from hivi._families.auxiliary import Link
 from hivi._families.base import AbstractProposal, size_of
 from hivi._likelihood import likelihood
@@ -91,14 +96,16 @@ def signals(
         z, _ = local.propose(k_draw, branch)
         lam = local.parameters()
         h = {s.name: _weighted(target, s, lam[s.name], z, batch) for s in block.sites}
-        score = {s.name: likelihood(s).score(lam[s.name], z[s.name]) for s in block.sites}
+        score = {s.name: standard(s, lam[s.name], likelihood(s).score(lam[s.name], z[s.name])) for s in block.sites}
         return block.flat(h), block.flat(score)
 
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
 
 
 def _weighted(target: Target, site: Site, lam: Array, z: Latents, rows: Rows) -> Array:
-    """One draw's h of a discrete site. A Normal site's would be its pathwise gradient of f."""
+    """One draw's h of a site."""
+    if not site.discrete:
+        return pathwise(target, site, lam, z, rows)
     own, value = likelihood(site), z[site.name]
     moved = own.moves(value)
     change = target.factored.differences(site.name, moved, z, target.data, rows) / site.scale
@@ -110,6 +117,18 @@ def _weighted(target: Target, site: Site, lam: Array, z: Latents, rows: Rows) ->
     return found
 
 
+def standard(site: Site, lam: Array, gradient: Array) -> Array:
+    """A gradient with respect to lambda, for Normal sites with the location in units of the standard deviation."""
+    return gradient if site.discrete else gradient.at[..., 0].multiply(jnp.exp(lam[..., 1]))
+
+
+def information(site: Site, lam: Array) -> Array:
+    """The Fisher matrix, in the same units."""
+    if site.discrete:
+        return likelihood(site).fisher(lam)
+    return jnp.broadcast_to(jnp.diag(jnp.array([1.0, 2.0])), (*lam.shape[:-1], 2, 2))
+
+
 @compiled
 def eigenpairs(
     link: Link,
@@ -118,13 +137,18 @@ def eigenpairs(
     fisher: dict[str, Array],
     top: int,
     key: Key,
+    bend: tuple[Bend, Bend] | None = None,
 ) -> Pairs:
-    """Directions from the first half of the draws, judged on the second: the top of a noisy matrix is biased upwards."""
+    """Directions from the first half of the draws, judged on the second: the top of a noisy matrix is biased upwards.
+
+    `bend` has the Hessian-vector products of Normal sites, for the first half and for the second.
+    """
+    first, second = (None, None) if bend is None else bend
 
     def one(h: Array, score: Array, fisher: dict[str, Array], k: Key) -> Pairs:
         half = h.shape[0] // 2
-        vectors = _lanczos(_operator(link, h[:half], score[:half]), link.dim, top, k)
-        value, stderr = _quotients(link, h[half:], score[half:], vectors)
+        vectors = _lanczos(_operator(link, h[:half], score[:half], first), link.dim, top, k)
+        value, stderr = _quotients(link, h[half:], score[half:], vectors, second)
         along = (score @ vectors.T) ** 2
         information = jax.vmap(lambda e: e @ _times(link, fisher, e))(vectors)
         left = 0.5 * h[half:] @ _solve(link, fisher, h[:half].mean(0))
@@ -135,53 +159,73 @@ def eigenpairs(
     return jax.vmap(one, in_axes=(1, 1, 0, 0))(h, score, fisher, keys)
 
 
-def _quotients(link: Link, h: Array, score: Array, vectors: Array) -> tuple[Array, Array]:
-    """The values e'Me from fresh draws, with standard errors; a finite coordinate's own block, exactly zero, is left out."""
-    count = h.shape[0]
+def _quotients(link: Link, h: Array, score: Array, vectors: Array, bend: Bend | None) -> tuple[Array, Array]:
+    """The values e'Me from fresh draws, with standard errors; what is exactly zero is left out."""
+    count, real = h.shape[0], _real(link)
     h = (h - h.mean(0)) * (count / (count - 1))
 
     def one(e: Array) -> Array:
-        values = (h @ e) * (score @ e)
-        for start, stop, width, finite in _segments(link):
-            if finite:
-                a, b = ((x * e)[:, start:stop].reshape(count, -1, width).sum(-1) for x in (h, score))
-                values = values - (a * b).sum(-1)
-        return values
+        values = _product(link, h, score, e)
+        if bend is None:
+            return values
+        within = jnp.zeros_like(e).at[real].set(e[real])
+        return values - _product(link, h, score, within) + bend.each(e[real]) @ e[real]
 
-    values = jax.vmap(one)(vectors)
+    values = jax.lax.map(one, vectors)
     return values.mean(-1), values.std(-1, ddof=1) / jnp.sqrt(count)
 
 
-def _operator(link: Link, h: Array, score: Array) -> Callable[[Array], Array]:
-    """Map u to 1/2 (A u + A'u), A the covariance of h and score without the own blocks of finite coordinates."""
-    count = h.shape[0]
+def _product(link: Link, h: Array, score: Array, e: Array) -> Array:
+    """Of each draw (h.e)(score.e), without the entries of a coordinate's own block that are zero on average."""
+    values = (h @ e) * (score @ e)
+    for start, stop, zero in _segments(link):
+        a, b = ((x * e)[:, start:stop].reshape(h.shape[0], -1, len(zero)) for x in (h, score))
+        values = values - jnp.einsum("nia,ab,nib->n", a, zero, b)
+    return values
+
+
+def _operator(link: Link, h: Array, score: Array, bend: Bend | None = None) -> Callable[[Array], Array]:
+    """Map u to 1/2 (A u + A'u), A the covariance of h and score without what is exactly zero."""
+    count, real = h.shape[0], _real(link)
     h = (h - h.mean(0)) / (count - 1)
     own = []
-    for start, stop, width, finite in _segments(link):
-        a, b = (x[:, start:stop].reshape(count, -1, width) for x in (h, score))
-        cross = jnp.einsum("nia,nib->iab", a, b) * float(finite)
-        own.append(0.5 * (cross + jnp.swapaxes(cross, 1, 2)))
+    for start, stop, zero in _segments(link):
+        a, b = (x[:, start:stop].reshape(count, -1, len(zero)) for x in (h, score))
+        cross = jnp.einsum("nia,nib->iab", a, b) * zero
+        own.append((start, stop, 0.5 * (cross + jnp.swapaxes(cross, 1, 2))))
 
     def apply(u: Array) -> Array:
-        out = 0.5 * (h.T @ (score @ u) + score.T @ (h @ u))
-        parts = [
-            jnp.einsum("iab,ib->ia", block, u[start:stop].reshape(-1, width)).reshape(-1)
-            for block, (start, stop, width, _) in zip(own, _segments(link), strict=True)
-        ]
-        return out - jnp.concatenate(parts)
+        parts = [jnp.einsum("iab,ib->ia", c, u[i:j].reshape(len(c), -1)).reshape(-1) for i, j, c in own]
+        return 0.5 * (h.T @ (score @ u) + score.T @ (h @ u)) - jnp.concatenate(parts)
 
-    return apply
+    def mixed(u: Array) -> Array:
+        within = jnp.zeros_like(u).at[real].set(u[real])
+        return apply(u).at[real].add(bend.each(u[real]).mean(0) - apply(within)[real])  # type: ignore[union-attr]
+
+    return apply if bend is None else mixed
 
 
-def _segments(link: Link) -> list[tuple[int, int, int, bool]]:
-    """Start, stop and width of every site in the flat vector, and whether its support is finite."""
+def _segments(link: Link) -> list[tuple[int, int, np.ndarray]]:
+    """Start and stop of every site in the flat vector, and which entries of a coordinate's own block are exactly zero.
+
+    All of them for finite supports; for a Normal site its location's, since its scale is at its optimum, too.
+    """
     out, start = [], 0
     for s in link.sites:
         width = likelihood(s).width
         stop = start + size_of(s.shape) * width
-        out.append((start, stop, width, s.values.kind == "finite"))
+        zero = np.full((width, width), float(s.values.kind == "finite"))
+        if not s.discrete:
+            zero[0, 0] = 1.0
+        out.append((start, stop, zero))
         start = stop
     return out
+
+
+def _real(link: Link) -> np.ndarray:
+    """Places of the Normal sites' parameters in the flat vector."""
+    spans = [np.arange(a, b) for (a, b, _), s in zip(_segments(link), link.sites, strict=True) if not s.discrete]
+    return np.concatenate([np.zeros(0, int), *spans])
 
 
 def _times(link: Link, fisher: dict[str, Array], e: Array) -> Array:

@@ -72,7 +72,8 @@ def document_curvature(
         local, target.sites, Elbo(), trained.family, True, history, 0.0, "documents of a topic model",
         target=at_views(target, local.views()),
     )  # fmt: skip
-    return curvature(fit, key=key, samples=samples, top=min(top, sum(a.layers)))
+    latents = [s.name for s in target.sites if s.discrete and s.local is not None]
+    return curvature(fit, key=key, samples=samples, top=min(top, sum(a.layers)), sites=latents or None)
 
 
 def at_views(target: Target, views: dict[str, Latents]) -> Target:
