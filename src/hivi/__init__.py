@@ -1,6 +1,7 @@
 """hivi: hierarchical variational inference on JAX."""
 
 from hivi._bounds import Elbo, ImportanceWeighted
+from hivi._comparison import Comparison
 from hivi._curvature import Curvature, curvature
 from hivi._errors import CorpusError, FamilyError, FitError, HiviError, LoadError, TargetError
 from hivi._estimators.auto import Auto
@@ -28,6 +29,7 @@ from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
 from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
+from hivi.compare import compare
 from hivi.interop.arviz import to_arviz
 from hivi.interop.numpyro import from_numpyro
 from hivi.topics.estimator import DeepExponentialFamily
@@ -38,6 +40,7 @@ __all__ = [
     "Amortised",
     "Auto",
     "Codes",
+    "Comparison",
     "Component",
     "CorpusError",
     "Curvature",
@@ -73,6 +76,7 @@ __all__ = [
     "StickTheLanding",
     "Target",
     "TargetError",
+    "compare",
     "curvature",
     "explain",
     "fit",

@@ -122,7 +122,7 @@ def marginal_khat(fit: Fit, *, key: Key, samples: int = 1000) -> KHat:
     if samples < 100:
         raise FitError(message("marginal_khat(samples=...)", str(samples), "at least 100", "ask for more samples"))
     k_draw, k_density = jax.random.split(key)
-    z, log_p = _draws(fit.proposal, target, k_draw, samples)
+    z, log_p = weighed_draws(fit.proposal, target, k_draw, samples)
     log_q, noise, inner = _log_density(fit.proposal, target, z, k_density)
     log_w = np.asarray(log_p, np.float64) - log_q
     if np.isnan(log_w).any() or np.isposinf(log_w).any() or np.isneginf(log_w).all():
@@ -181,7 +181,7 @@ def has_density(fit: Fit, key: Key) -> bool:
     """Whether the family has log q(z) itself: two estimates at the same draws, with different keys, are equal."""
     if fit.target is None or fit.target.source is not None:
         return False
-    z, _ = _draws(fit.proposal, fit.target, key, 4)
+    z, _ = weighed_draws(fit.proposal, fit.target, key, 4)
     first, second = (_densities(fit.proposal, fit.target, z, jax.random.fold_in(key, k)) for k in range(2))
     return bool(jnp.all(first == second))
 
@@ -221,7 +221,7 @@ def _whole_target(where: str, fit: Fit) -> Target:
 
 
 @compiled
-def _draws(proposal: AbstractProposal, target: Target, key: Key, samples: int) -> tuple[Latents, Array]:
+def weighed_draws(proposal: AbstractProposal, target: Target, key: Key, samples: int) -> tuple[Latents, Array]:
     """Draws of z in the engine's coordinates, and log p(x, z) there."""
     local = proposal.gather(target.all_rows())
 
