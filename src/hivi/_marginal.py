@@ -202,7 +202,7 @@ def pareto_khat(log_w: Float[np.ndarray, " samples"]) -> float:
     if int(arviz.__version__.split(".")[0]) < 1:
         return float(arviz.psislw(log_w)[1])
     stats = importlib.import_module("arviz_stats.base")
-    return float(stats.array_stats.psislw(log_w)[1])
+    return float(stats.array_stats.psislw(-log_w)[1])  # from 1.0 on it takes log-likelihoods, as leave-one-out does
 
 
 def _tail(samples: int) -> int:
