@@ -32,6 +32,7 @@ from hivi._target.log_joint import from_log_joint
 from hivi.compare import compare
 from hivi.interop.arviz import to_arviz
 from hivi.interop.numpyro import from_numpyro
+from hivi.interop.pymc import from_pymc
 from hivi.topics.estimator import DeepExponentialFamily
 
 __version__ = "0.1.0"
@@ -82,6 +83,7 @@ __all__ = [
     "fit",
     "from_log_joint",
     "from_numpyro",
+    "from_pymc",
     "load",
     "to_arviz",
 ]
