@@ -77,6 +77,7 @@ def test_version_and_help() -> None:
     for words in (
         [],
         ["fit"],
+        ["compare"],
         ["explain"],
         ["reproduce"],
         *(["reproduce", e] for e in ("bernoulli", "mixture-poisson", "ard")),

@@ -1,6 +1,7 @@
 """hivi: hierarchical variational inference on JAX."""
 
 from hivi._bounds import Elbo, ImportanceWeighted
+from hivi._comparison import Comparison
 from hivi._curvature import Curvature, curvature
 from hivi._errors import CorpusError, FamilyError, FitError, HiviError, LoadError, TargetError
 from hivi._estimators.auto import Auto
@@ -30,8 +31,10 @@ from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
 from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
+from hivi.compare import compare
 from hivi.interop.arviz import to_arviz
 from hivi.interop.numpyro import from_numpyro
+from hivi.interop.pymc import from_pymc
 from hivi.topics.estimator import DeepExponentialFamily
 
 __version__ = "0.1.0"
@@ -40,6 +43,7 @@ __all__ = [
     "Amortised",
     "Auto",
     "Codes",
+    "Comparison",
     "Component",
     "CorpusError",
     "Curvature",
@@ -77,11 +81,13 @@ __all__ = [
     "StickTheLanding",
     "Target",
     "TargetError",
+    "compare",
     "curvature",
     "explain",
     "fit",
     "from_log_joint",
     "from_numpyro",
+    "from_pymc",
     "load",
     "to_arviz",
 ]

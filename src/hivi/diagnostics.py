@@ -1,4 +1,4 @@
-"""How far a fit can be trusted: exact tables of small discrete targets, tables of q by quadrature, and distances."""
+"""How far a fit can be trusted: k-hat and bounds, exact tables of small discrete targets, tables of q, and distances."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from hivi._families.auxiliary import LAM
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._families.hierarchical import HierarchicalProposal
 from hivi._fit.result import Fit
+from hivi._marginal import KHat as KHat
+from hivi._marginal import Ladder as Ladder
+from hivi._marginal import bound_ladder as bound_ladder
+from hivi._marginal import marginal_khat as marginal_khat
 from hivi._space import Latents, Site
 from hivi._target.base import Target, full_size
 from hivi._tree import Key, compiled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Real
@@ -124,4 +124,57 @@ def trace(axes: Axes, history: Mapping[str, np.ndarray], label: str = "") -> Axe
     axes.plot([step[w].mean() for w in windows], [np.mean(elbo[w]) for w in windows], label=label or None)
     axes.set_xlabel("step")
     axes.set_ylabel("bound (nats)")
+    return axes
+
+
+def bounds(axes: Axes, found: Mapping[str, Sequence[tuple[float, float]]]) -> Axes:
+    """Bounds of several families with error bars of two standard errors, the first family on top.
+
+    Args:
+        axes: where to draw.
+        found: name -> (mean, standard error) of each of its bounds, the one that was optimised first.
+
+    Example:
+        >>> from hivi import plots
+        >>> _, (axes,) = plots.panels(1)
+        >>> [t.get_text() for t in plots.bounds(axes, {"mean-field": [(-0.22, 0.01)]}).get_yticklabels()]
+        ['mean-field']
+    """
+    places = range(len(found))
+    for marker, number in (("o", 0), ("|", 1)):
+        some = [(p, f[number]) for p, f in zip(places, found.values(), strict=True) if len(f) > number]
+        label = "ELBO" if number == 0 else "tighter bound"
+        axes.errorbar(
+            [m for _, (m, _) in some], [p for p, _ in some], xerr=[2 * e for _, (_, e) in some],
+            fmt=marker, color="black", capsize=3, label=label, alpha=1.0 if number == 0 else 0.6,
+        )  # fmt: skip
+    axes.set_yticks(list(places), list(found))
+    axes.invert_yaxis()
+    axes.margins(y=0.2)
+    axes.set_xlabel("bound (nats)")
+    axes.legend(fontsize=8)
+    return axes
+
+
+def khats(axes: Axes, found: Mapping[str, tuple[float, float]], limit: float = 0.7) -> Axes:
+    """k-hat against the seconds that a fit took, by name; above the line draws are not to be trusted.
+
+    Args:
+        axes: where to draw.
+        found: name -> (seconds, k-hat).
+        limit: where the line is.
+
+    Example:
+        >>> from hivi import plots
+        >>> _, (axes,) = plots.panels(1)
+        >>> plots.khats(axes, {"mean-field": (2.5, 0.9)}).get_ylabel()
+        'k-hat of q(z)'
+    """
+    axes.axhline(limit, color="grey", linestyle="--", linewidth=1)
+    for name, (seconds, khat) in found.items():
+        axes.plot(seconds, khat, "o", color="black")
+        axes.annotate(name, (seconds, khat), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.margins(0.2)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("k-hat of q(z)")
     return axes

@@ -135,6 +135,7 @@ def fit(
         message=outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else ""),
         target=target,
         strategies={name: label(s) for name, s in plan.strategies},
+        pace=run.pace(),
     )
 
 

@@ -56,6 +56,7 @@ class Fit:
         target: the target; None for a run loaded without it.
         strategies: site -> name of the gradient strategy that was used.
         program: the stored map to the model's space, for a loaded run whose supports depend on latents.
+        pace: seconds per step without compilation; None where one compiled chunk of steps was all, or for a loaded run.
     """
 
     proposal: AbstractProposal
@@ -69,6 +70,7 @@ class Fit:
     target: Target | None = None
     strategies: dict[str, str] = dataclasses.field(default_factory=dict)
     program: Callable[[Latents], Latents] | None = None
+    pace: float | None = None
 
     def __repr__(self) -> str:
         steps = len(self.history["step"])

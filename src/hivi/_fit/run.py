@@ -59,6 +59,7 @@ class Run:
         self.last = steps
         self.converged = False
         self.recoveries = 0
+        self.paces: list[float] = []
         self._saved = time.monotonic()
         self._clean = 0
 
@@ -66,14 +67,19 @@ class Run:
         """One entry per step."""
         return {"step": np.arange(1, len(self.elbo) + 1), "elbo": self.elbo, "stderr": self.stderr}
 
+    def pace(self) -> float | None:
+        """Seconds per step: the median over the compiled chunks after the first, which includes compilation."""
+        return float(np.median(self.paces[1:])) if len(self.paces) > 1 else None
+
     def go(self, progress: bool, throw: bool, label: str) -> str:
         """Run to the end; return in words why it ended."""
         with Bar(self.steps, label, progress) as bar:
             while len(self.elbo) < self.last:
-                good, before = self.state, int(self.state.skipped)
+                good, before, started = self.state, int(self.state.skipped), time.monotonic()
                 new, info = run_chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
                 taken = min(CHUNK, self.last - len(self.elbo))
                 elbo, stderr = (np.asarray(x, float)[:taken] for x in info)
+                self.paces.append((time.monotonic() - started) / taken)
                 trouble = self._trouble(new, before, elbo, taken)
                 if trouble is not None:
                     failure = self._recover(good, trouble)

@@ -6,7 +6,7 @@ import abc
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -51,6 +51,39 @@ class Source(abc.ABC):
         """The data of these batches, stacked along a leading axis of steps."""
 
 
+class AbstractOrigin(abc.ABC):
+    """The model that a target was made of, ready to be run again: for predictions and likelihoods by observation.
+
+    All are equal, since no compiled program depends on them: data of the same shapes compile nothing anew. An origin
+    holds no data; they are the target's.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AbstractOrigin)
+
+    def __hash__(self) -> int:
+        return 0
+
+    @abc.abstractmethod
+    def observed(self, data: PyTree, draws: Latents) -> dict[str, Observed]:
+        """The observed statements, by name; `draws` are latents in the model's own space, with a leading axis."""
+
+    @abc.abstractmethod
+    def log_likelihood(self, data: PyTree, draws: Latents) -> dict[str, Array]:
+        """Log-probability of every observation at every draw, in nats: statement -> (samples, *batch shape)."""
+
+    @abc.abstractmethod
+    def predict(self, data: PyTree, draws: Latents, key: Key) -> dict[str, Array]:
+        """New observations, and deterministic values, at every draw: statement -> (samples, *shape)."""
+
+
+class Observed(NamedTuple):
+    """An observed statement: its value, and the plates of its axes, as pairs (plate, axis)."""
+
+    value: np.ndarray
+    plates: tuple[tuple[str, int], ...]
+
+
 class Target(eqx.Module):
     """An unnormalised log-density log p(x, z) over named latent sites.
 
@@ -74,6 +107,7 @@ class Target(eqx.Module):
             alone) are linear in e^w: there log E[e^w] takes the place of the draw, where the family knows it.
         starts: site -> mean in the model's own space at which a fit starts, or one row of it for a local site.
         features: (central values of global sites, data) -> features of the rows, for inference networks; no gradient.
+        origin: the model itself, where it can be run again.
     """
 
     name: str = eqx.field(static=True)
@@ -89,6 +123,7 @@ class Target(eqx.Module):
     averaged: tuple[str, ...] = eqx.field(static=True, default=())
     starts: dict[str, Array] = eqx.field(default_factory=dict)
     features: Callable[[Latents, PyTree], Array] | None = eqx.field(static=True, default=None)
+    origin: AbstractOrigin | None = eqx.field(static=True, default=None)
 
     def site(self, name: str) -> Site:
         """The site of that name.

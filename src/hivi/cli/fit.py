@@ -112,7 +112,7 @@ def fit(
     Example: `hivi fit model.py:model --data data.csv --family hierarchical --subsample data=256 --out runs/first`
     """
     with failures():
-        target = _target(model, data, subsample)
+        target = read_target(model, data, subsample)
         chosen = default_family(target) if family is None else FAMILIES[family]
         console(to_stderr=json).print(_choice(chosen, family), markup=False)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
@@ -141,7 +141,7 @@ def explain(
     """
     del seed
     with failures():
-        target = _target(model, data, subsample)
+        target = read_target(model, data, subsample)
         chosen = default_family(target) if family is None else FAMILIES[family]
         sites, strategies = explain_target(target), Auto().explain(target, chosen)
         say = console(to_stderr=json)
@@ -151,7 +151,8 @@ def explain(
             print_json({"target": sites, "family": str(chosen), "gradients": strategies})
 
 
-def _target(model: str, data: Path | None, subsample: list[str] | None) -> Target:
+def read_target(model: str, data: Path | None, subsample: list[str] | None) -> Target:
+    """The target that a command names: a model in a file, its data, and minibatches of plates."""
     plates = _plates(subsample or [])
     function = inputs.load_model(model)
     bound = inputs.bind(function, {} if data is None else inputs.read_data(data))

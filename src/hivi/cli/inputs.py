@@ -1,4 +1,4 @@
-"""Reading what `hivi fit` is given: a model in a Python file, and data in NPZ, CSV or JSON."""
+"""Reading what `hivi fit` and `hivi compare` are given: a model in a Python file, and data in NPZ, CSV or JSON."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hivi.cli import fit, reproduce, topics
+from hivi.cli import compare, fit, reproduce, topics
 from hivi.cli.common import CODES
 
 app = typer.Typer(
@@ -40,11 +40,14 @@ def main(
 
     `hivi fit model.py:model --data data.csv --out runs/first` fits a NumPyro model.
 
+    `hivi compare model.py:model --data data.csv` says which family suits it.
+
     `hivi topics fit --layers 50,10 --out runs/topics` finds topics, here of a corpus that every machine has.
     """
 
 
 app.command("fit", epilog=CODES)(fit.fit)
+app.command("compare", epilog=CODES)(compare.compare)
 app.command("explain", epilog=CODES)(fit.explain)
 app.add_typer(topics.app, name="topics")
 app.add_typer(reproduce.app, name="reproduce")

@@ -18,6 +18,7 @@ from hivi._space import Plate, Site, Values, make_site
 from hivi._target import checks, slicing
 from hivi._target.base import Target
 from hivi._target.log_joint import traced_control_flow
+from hivi._target.origin import NumPyroOrigin
 from hivi._target.replay import replay
 from hivi._target.statements import Reader, base_support
 from hivi._tree import compiled
@@ -158,6 +159,11 @@ class _Source:
         args, kwargs = jax.tree.unflatten(self.arguments.treedef, leaves)
         return Reader(**options).run(lambda: self.model(*args, **kwargs))
 
+    def origin(self) -> NumPyroOrigin:
+        """The model, to be run again with the target's data."""
+        rest = tuple(None if k in self.traced else x for k, x in enumerate(self.leaves))
+        return NumPyroOrigin(self.model, rest, self.traced, self.arguments.treedef)
+
 
 class _Found(NamedTuple):
     """A model at full size, and what of it depends on no latent (None where it does)."""
@@ -196,7 +202,8 @@ def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
     constrainer = None
     if any(s.support is None and not s.discrete for s in sites):
         constrainer = replay(lambda z, data: source.read(data, z=z).values, sites, source.data)
-    return Target(name, sites, factored, source.data, plates, _notes(source, found, slices), constrainer)
+    notes, origin = _notes(source, found, slices), source.origin()
+    return Target(name, sites, factored, source.data, plates, notes, constrainer, origin=origin)
 
 
 def _discover(source: _Source) -> _Found:

@@ -1,0 +1,269 @@
+"""`compare`: several families against one target, in one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax
+
+from hivi._bounds import Elbo, ImportanceWeighted
+from hivi._comparison import Comparison, Row, judged
+from hivi._curvature import curvature
+from hivi._errors import FamilyError, FitError, HiviError, message
+from hivi._families.base import AbstractFamily
+from hivi._families.codes import Codes
+from hivi._families.flow import Flow
+from hivi._families.full_rank import FullRank
+from hivi._families.hierarchical import Hierarchical
+from hivi._families.mean_field import MeanField
+from hivi._families.mixture import Mixture
+from hivi._fit.loop import DENSE_LIMIT, fit
+from hivi._fit.result import Estimate, Fit
+from hivi._marginal import KHat, marginal_khat
+from hivi._target.base import Target
+from hivi._tree import Key
+from hivi.interop.nuts import against, run_nuts
+
+Family: TypeAlias = AbstractFamily | Mapping[str, AbstractFamily]
+
+TIGHTER = ImportanceWeighted(outer=64, inner=0)
+"""The multi-sample bound of the table; its estimates are 256."""
+EVALUATIONS = 256
+GROWING = (Hierarchical, Codes)
+"""Families that can grow from a mean-field fit."""
+
+NAMED: dict[str, AbstractFamily] = {
+    "mean-field": MeanField(),
+    "full-rank": FullRank(),
+    "flow": Flow(),
+    "mixture": Mixture(components=4),
+    "hierarchical": Hierarchical(),
+    "hierarchical-full-rank": Hierarchical(prior=FullRank()),
+}
+"""Families by the names that the table and the command line give them."""
+
+
+def default_families(target: Target) -> dict[str, AbstractFamily]:
+    """The families that suit a target's supports, by name.
+
+    Mean-field always; for continuous sites alone full-rank and flow (up to 400 coordinates) and a mixture; with discrete
+    sites a mixture and two hierarchies, over a flow and over a full-rank Gaussian. No mixtures over the rows of a
+    subsampled plate. A streamed target gets mean-field and the hierarchy.
+
+    Example:
+        >>> import hivi
+        >>> from hivi.compare import default_families
+        >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, {"x": hivi.Latent()})
+        >>> list(default_families(target))
+        ['mean-field', 'full-rank', 'flow', 'mixture', 'hierarchical']
+    """
+    names = ["mean-field"]
+    dense = sum(math.prod(s.shape) for s in target.sites) <= DENSE_LIMIT
+    if target.source is not None:
+        names += ["hierarchical"]
+    elif any(s.discrete for s in target.sites):
+        names += ["mixture", "hierarchical", "hierarchical-full-rank"]
+    else:
+        names += [*(["full-rank", "flow"] if dense else []), "mixture", "hierarchical"]
+    rows = any(s.local is not None for s in target.sites)
+    return {n: NAMED[n] for n in names if not (rows and n == "mixture")}
+
+
+def compare(
+    target: Target,
+    families: Mapping[str, Any] | None = None,
+    *,
+    key: Key,
+    steps: int = 10_000,
+    samples: int | None = None,
+    draws: int = 1000,
+    nuts: bool = False,
+    warmup: int = 1000,
+    grow: bool = True,
+    progress: bool = True,
+    **options: Any,
+) -> Comparison:
+    """Fit several families to one target, and say of each how good it is and what it fails at.
+
+    Every family gets the same keys, so that a row does not depend on the others. The mean-field fit is made once:
+    hierarchical families without a start of their own grow from it. A family that fails keeps a row with its error.
+
+    Args:
+        target: any target.
+        families: name -> family, or a dict from site to family; None takes `default_families(target)`.
+        key: a JAX random key; the same key gives the same table (but for the seconds).
+        steps: the most gradient steps of each.
+        samples: Monte Carlo estimates of the bound per step, as in `hivi.fit`.
+        draws: draws of z for k-hat, at least 100; and draws of each of four chains of NUTS.
+        nuts: also run NumPyro's NUTS, where all latents are continuous, and compare means and spreads with it.
+        warmup: adaptation steps of NUTS.
+        grow: let hierarchical families start at the mean-field fit; otherwise from scratch.
+        progress: show progress bars on a terminal.
+        **options: more arguments of `hivi.fit`, the same for all: `bound`, `estimator`, `learning_rate`, `tolerance`.
+
+    Returns:
+        A `Comparison`; print it.
+
+    Raises:
+        FamilyError: no families, or a value that is none.
+        FitError: fewer than 100 draws.
+
+    Example:
+        >>> import hivi, jax, jax.numpy as jnp
+        >>> from numpyro.distributions import constraints
+        >>> table = jnp.log(jnp.array([[0.1, 0.4], [0.4, 0.1]]))
+        >>> target = hivi.from_log_joint(
+        ...     lambda z: table[z["z"][0], z["z"][1]], {"z": hivi.Latent((2,), constraints.boolean)}
+        ... )
+        >>> families = {"mean-field": hivi.MeanField(), "mixture": hivi.Mixture(2)}
+        >>> found = hivi.compare(target, families, key=jax.random.key(0), steps=1500, progress=False)
+        >>> found.best, round(found["mean-field"].gap.mean, 1)
+        ('mixture', 0.2)
+    """
+    chosen = _checked(default_families(target) if families is None else families)
+    if draws < 100:
+        raise FitError(message("compare(draws=...)", str(draws), "at least 100", "ask for more draws"))
+    keys = _Keys(*jax.random.split(key, 5))
+    settings = {"steps": steps, "samples": samples, "progress": progress, **options}
+    mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
+    wanted = grow and any(_growing(f) for f in chosen.values())
+    base = _try_fit(target, MeanField(), keys, settings) if mean_field is not None or wanted else None
+    rows: list[Row] = []
+    fits: dict[str, Fit] = {}
+    remarks: tuple[str, ...]
+    for name, family in chosen.items():
+        if name == mean_field and base is not None:
+            attempt, remarks = base, ()
+        else:
+            start, remarks = _start(family, base if grow else None, keys)
+            attempt = _try_fit(target, family if start is None else _started(family, start), keys, settings)
+            if start is not None and attempt.refused:  # what does not suit the start may still be fitted from scratch
+                attempt, remarks = _try_fit(target, family, keys, settings), ()
+        row = Row(name, str(family), error=attempt.error, remarks=remarks)
+        if attempt.fit is not None:
+            row, fits[name] = _measured(row, attempt.fit, keys, draws), attempt.fit
+        rows.append(row)
+    reference = None
+    if nuts and fits:
+        rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)
+    return Comparison(judged(rows, reference, mean_field), fits, target.name, reference)
+
+
+class _Keys(NamedTuple):
+    """The same for every family."""
+
+    fit: Key
+    bound: Key
+    draw: Key
+    nuts: Key
+    start: Key
+
+
+class _Attempt(NamedTuple):
+    """A fit, or why there is none; whether it was the family that refused the target."""
+
+    fit: Fit | None
+    error: str = ""
+    refused: bool = False
+
+
+def _checked(families: Any) -> dict[str, Family]:
+    cure = 'for example {"mean-field": hivi.MeanField(), "hvm": hivi.Hierarchical()}'
+    if not isinstance(families, Mapping) or not families:
+        found = "an empty dict" if isinstance(families, Mapping) else repr(families)[:60]
+        raise FamilyError(message("compare(families=...)", found, "a dict from name to family", cure))
+    for name, family in families.items():
+        members = list(family.values()) if isinstance(family, Mapping) else [family]
+        if not isinstance(name, str) or not members or not all(isinstance(m, AbstractFamily) for m in members):
+            found = repr(family)[:60] + (", a class: call it" if isinstance(family, type) else "")
+            raise FamilyError(message(f"compare, family {name!r}", found, "a family, or {site: family}", cure))
+    return dict(families)
+
+
+def _same(family: Family, other: AbstractFamily) -> bool:
+    return isinstance(family, AbstractFamily) and bool(eqx.tree_equal(family, other))
+
+
+def _growing(family: Family) -> bool:
+    return type(family) in GROWING and getattr(family, "start", None) is None
+
+
+def _start(family: Family, base: _Attempt | None, keys: _Keys) -> tuple[Any, tuple[str, ...]]:
+    """What a family grows from (None: nothing), and the remark on it."""
+    if base is None or base.fit is None or not _growing(family):
+        return None, ()
+    if type(getattr(family, "prior", None)) is FullRank:  # it takes directions; without them it sits on a saddle
+        try:
+            return curvature(base.fit, key=keys.start), ("grown from the mean-field fit along its curvature",)
+        except HiviError:
+            pass  # continuous sites, streamed data: no directions
+    return base.fit, ("grown from the mean-field fit",)
+
+
+def _started(family: Any, start: Any) -> AbstractFamily:
+    return dataclasses.replace(family, start=start)
+
+
+def _try_fit(target: Target, family: Family, keys: _Keys, settings: Mapping[str, Any]) -> _Attempt:
+    """One fit; an error becomes text, whatever it is, so that the other families' results are not lost."""
+    try:
+        return _Attempt(fit(target, family, key=keys.fit, **settings))
+    except FamilyError as error:
+        return _Attempt(None, f"refused the target: {error}", refused=True)
+    except HiviError as error:
+        return _Attempt(None, f"could not be fitted: {error}")
+    except Exception as error:
+        return _Attempt(None, f"could not be fitted: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+
+
+def _measured(row: Row, found: Fit, keys: _Keys, draws: int) -> Row:
+    """The row with its bounds, k-hat and costs."""
+    remarks = list(row.remarks)
+    costs: dict[str, Any] = {
+        "converged": found.converged,
+        "steps": len(found.history["step"]),
+        "seconds": found.seconds,
+        "step_seconds": found.pace,
+    }
+    try:
+        bound = found.elbo(keys.bound, bound=Elbo())
+    except HiviError as error:
+        return dataclasses.replace(row, error=f"its bound could not be estimated: {error}", **costs)
+    faults = () if math.isfinite(bound.mean) else ("its bound is not finite at fresh draws",)
+    tighter: Estimate | None = None
+    khat: KHat | None = None
+    try:
+        tighter = found.elbo(keys.bound, EVALUATIONS, TIGHTER)
+    except HiviError as error:
+        remarks.append(f"no tighter bound ({_found(error)})")
+    try:
+        khat = marginal_khat(found, key=keys.draw, samples=draws)
+        remarks += [] if khat.noise < 0.3 else [f"its log q is estimated only to ± {khat.noise:.1f} nats"]
+    except HiviError as error:
+        remarks.append(f"no k-hat ({_found(error)})")
+    return dataclasses.replace(
+        row, bound=bound, tighter=tighter, khat=khat, faults=faults, remarks=tuple(remarks), **costs
+    )
+
+
+def _with_nuts(
+    target: Target, rows: list[Row], fits: Mapping[str, Fit], keys: _Keys, warmup: int, draws: int
+) -> tuple[list[Row], Any]:
+    """NUTS from the fit with the highest bound, and every row beside it."""
+    known = {r.name: r.bound.mean for r in rows if r.bound is not None and math.isfinite(r.bound.mean)}
+    first = max(known, key=lambda n: known[n]) if known else next(iter(fits))
+    reference, flat = run_nuts(target, fits[first], keys.nuts, warmup, draws)
+    if not flat:
+        return rows, reference
+    beside = {n: against(f, flat, keys.draw) for n, f in fits.items()}
+    return [dataclasses.replace(r, against=beside.get(r.name)) for r in rows], reference
+
+
+def _found(error: HiviError) -> str:
+    """The middle of an error's text: what was found."""
+    text = str(error)
+    return text.partition(": found ")[2].partition("; expected")[0] or text
