@@ -38,7 +38,7 @@ PAIRS = {
     ),
     *(
         ("_families/hierarchical.py", f"_families/{part}.py")
-        for part in ("auxiliary", "flow", "full_rank", "mean_field", "mixture")
+        for part in ("auxiliary", "flow", "full_rank", "low_rank", "mean_field", "mixture")
     ),
     ("_likelihoods/negative_binomial.py", "_likelihoods/poisson.py"),
     ("_families/amortised.py", "_families/mean_field.py"),

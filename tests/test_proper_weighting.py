@@ -113,8 +113,9 @@ DEFAULT_ROWS = [
     *(("pair", f, 0) for f in ("mean-field", "mixture", "hvm planar", "hvm full-rank", "hvm mixture", "hvm hvm")),
     *(("pair", f, 2) for f in ("hvm planar", "hvm mean-field", "hvm full-rank, semi-implicit")),
     *((t, "mean-field", 0) for t in ("count", "binomial", "mixed")),
-    *(("normal", f, 0) for f in ("full-rank", "flow planar", "flow coupling", "flow maf", "flow spline")),
+    *(("normal", f, 0) for f in ("full-rank", "low-rank", "flow planar", "flow coupling", "flow maf", "flow spline")),
     ("mixed", "hvm full-rank", 0),
+    ("pair", "hvm low-rank", 2),
     ("count", "hvm mean-field", 0),
     ("sites", "product", 0),
 ]
@@ -167,7 +168,7 @@ def test_a_wrong_weight_is_noticed():
 
 # Densities
 
-EXACT = ["mean-field", "mixture", "full-rank", *(f"flow {k}" for k in KINDS)]
+EXACT = ["mean-field", "mixture", "full-rank", "low-rank", *(f"flow {k}" for k in KINDS)]
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -218,7 +219,7 @@ def test_density_is_unbiased_everywhere(family):
 
 # Coordinates of priors
 
-PRIORS = ["mean-field", "full-rank", "mixture", *(f"flow {k}" for k in KINDS), "hvm full-rank"]
+PRIORS = ["mean-field", "full-rank", "low-rank", "mixture", *(f"flow {k}" for k in KINDS), "hvm full-rank"]
 
 
 @pytest.mark.parametrize("family", PRIORS)
@@ -244,7 +245,7 @@ def test_coordinates_go_there_and_back(family):
     np.testing.assert_allclose(log_det, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["full-rank", *(f"flow {k}" for k in KINDS)])
+@pytest.mark.parametrize("family", ["full-rank", "low-rank", *(f"flow {k}" for k in KINDS)])
 def test_coordinates_of_a_draw_are_its_base(family):
     model = TARGETS["normal"]()
     proposal = built(family, model)

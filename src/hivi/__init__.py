@@ -21,6 +21,7 @@ from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._fit.loop import fit
@@ -63,6 +64,7 @@ __all__ = [
     "Linearised",
     "LoadError",
     "LocalExpectation",
+    "LowRank",
     "MeanField",
     "MeanFieldGamma",
     "Mixture",

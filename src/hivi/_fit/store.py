@@ -31,6 +31,7 @@ from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._space import Plate, Site, Values
@@ -39,7 +40,7 @@ from hivi._tree import PyTree, compiled
 KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
-        MeanField, MeanFieldGamma, Amortised, FullRank, Flow, Mixture, Hierarchical, Codes,
+        MeanField, MeanFieldGamma, Amortised, FullRank, LowRank, Flow, Mixture, Hierarchical, Codes,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
 }  # fmt: skip

@@ -15,6 +15,7 @@ from hivi._families.base import AbstractFamily
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._fit.loop import default_family
@@ -36,6 +37,7 @@ class Family(enum.StrEnum):
 
     mean_field = "mean-field"
     full_rank = "full-rank"
+    low_rank = "low-rank"
     flow = "flow"
     mixture = "mixture"
     hierarchical = "hierarchical"
@@ -44,6 +46,7 @@ class Family(enum.StrEnum):
 FAMILIES: dict[Family, AbstractFamily] = {
     Family.mean_field: MeanField(),
     Family.full_rank: FullRank(),
+    Family.low_rank: LowRank(rank=4),
     Family.flow: Flow(),
     Family.mixture: Mixture(components=4),
     Family.hierarchical: Hierarchical(),
