@@ -15,9 +15,9 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "hivi"
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("_errors.py", "_tree.py"),
-    ("_space.py", "_jaxprs.py"),
-    ("_locality/", "_likelihoods/", "_bijections.py"),
-    ("_factored.py", "_likelihood.py"),
+    ("_space.py", "_jaxprs.py", "_normal.py"),
+    ("_locality/", "_likelihoods/", "_bijections.py", "_pairs.py"),
+    ("_factored.py", "_likelihood.py", "_dependence.py", "_margins.py"),
     ("_target/",),
     ("_families/",),
     ("_bounds.py",),
@@ -40,6 +40,9 @@ PAIRS = {
         ("_families/hierarchical.py", f"_families/{part}.py")
         for part in ("auxiliary", "flow", "full_rank", "low_rank", "mean_field", "mixture")
     ),
+    ("_families/copula.py", "_families/latent_copula.py"),
+    ("_families/copula.py", "_families/reverse.py"),
+    ("_families/latent_copula.py", "_families/reverse.py"),
     ("_likelihoods/negative_binomial.py", "_likelihoods/poisson.py"),
     ("_families/amortised.py", "_families/mean_field.py"),
     ("_estimators/auto.py", "_estimators/differences.py"),

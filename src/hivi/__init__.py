@@ -17,6 +17,7 @@ from hivi._estimators.sticking import StickTheLanding
 from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.codes import Codes
+from hivi._families.copula import Copula
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
@@ -40,6 +41,7 @@ __all__ = [
     "Auto",
     "Codes",
     "Component",
+    "Copula",
     "CorpusError",
     "Curvature",
     "DeepExponentialFamily",

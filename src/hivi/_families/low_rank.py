@@ -21,8 +21,9 @@ class LowRank(AbstractFamily):
     """z = location + scale * (epsilon + V eta), epsilon ~ N(0, I_D), eta ~ N(0, I_rank): covariance S (I + V V') S.
 
     Keeps the linear dependence that a few directions carry, in unconstrained space; O(D rank) parameters and cost of a
-    draw and its density, and O(D rank^2) once a step. The density is exact, by the Sherman-Morrison formula one direction at a time: the
-    Woodbury identity and the determinant lemma without a matrix of size rank, and without their cancellation.
+    draw and its density, O(D rank^2) once a step. The density is exact, by the Sherman-Morrison formula one direction
+    at a time: the Woodbury identity and the determinant lemma without a matrix of size rank, and without their
+    cancellation.
 
     Args:
         rank: number of directions, at least 1.

@@ -27,6 +27,7 @@ from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import AbstractAuxiliary, Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
+from hivi._families.copula import Copula
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
@@ -40,7 +41,7 @@ from hivi._tree import PyTree, compiled
 KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
-        MeanField, MeanFieldGamma, Amortised, FullRank, LowRank, Flow, Mixture, Hierarchical, Codes,
+        MeanField, MeanFieldGamma, Amortised, FullRank, LowRank, Copula, Flow, Mixture, Hierarchical, Codes,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
 }  # fmt: skip
