@@ -15,7 +15,7 @@ from hivi._dependence import AbstractDependence, GaussianDependence, VineDepende
 from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms
 from hivi._families.latent_copula import latent
-from hivi._families.reverse import BandedReverse, DenseReverse
+from hivi._families.reverse import AbstractReverse, BandedReverse, DenseReverse
 from hivi._margins import Margins
 from hivi._pairs import FrankPair, GaussianPair
 from hivi._space import Latents, Site
@@ -72,16 +72,19 @@ class Copula(AbstractFamily):
         margins = self._margins(Layout(real).dim, k1) if real else None
         if margins is not None and len(real) == len(sites):
             return CopulaProposal(sites, dependence, margins)
-        reverse = (
-            DenseReverse(jnp.zeros((dim, dim)))
-            if self.kind == "gaussian"
-            else BandedReverse(jnp.zeros((min(self.levels, dim), dim)), jnp.zeros((min(AHEAD, dim - 1) + 1, dim)))
-        )
+        reverse = self._reverse(dim)
         return latent(sites, dependence, margins, reverse, self.spread, k2)
 
     def _margins(self, dim: int, key: Key) -> Margins:
         location = 0.01 * jax.random.normal(key, (dim,))
         return Margins(location, jnp.full(dim, jnp.log(self.scale)), monotone(dim))
+
+    def _reverse(self, dim: int) -> AbstractReverse:
+        if self.kind == "gaussian":
+            return DenseReverse(jnp.zeros((dim, dim)), jnp.zeros((dim, dim)))
+        ahead = min(AHEAD, dim - 1)
+        before, after = jnp.zeros((min(self.levels, dim), dim)), jnp.zeros((ahead + 1, dim))
+        return BandedReverse(before, after, jnp.zeros((ahead, dim)))
 
     def _dependence(self, dim: int) -> AbstractDependence:
         if self.kind == "gaussian":

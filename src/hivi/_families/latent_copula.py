@@ -174,7 +174,8 @@ class LatentCopulaProposal(AbstractProposal):
             mean[s.name] = own + jnp.sum(self.shift[s.name] * features, -1)
             log_scale[s.name] = jnp.sum(self.widths[s.name] * features, -1)
         flatten = Layout(self.sites).flatten
-        return flatten(seen), flatten(mean), flatten(log_scale)
+        t = flatten(seen)
+        return t, flatten(mean), flatten(log_scale) + self.reverse.log_scale(t)
 
     def _reversed(self, z: Latents, m: Array) -> dict[str, Array]:
         t, mean, log_scale = self._regression(z, m)

@@ -9,18 +9,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+MOST = 2.0
+
 
 class AbstractReverse(eqx.Module):
     """Where each m_i lies, given those before it and z at i and after it.
 
-    r(m | z) = prod_i N(m_i; sum_{j<i} a_ij m_j + sum_{j>=i} b_ij t_j + c_i(z_i), s_i(z_i)^2) with t_j = E[e_j | z_j]. Given
-    the m before it, m_i does not depend on the z before it: were q jointly Gaussian, this form would be exact.
+    r(m | z) = prod_i N(m_i; sum_{j<i} a_ij m_j + sum_{j>=i} b_ij t_j + c_i(z_i), s_i^2), t_j = E[e_j | z_j],
+    log s_i = d_i(z_i) + t_i sum_{j>i} g_ij t_j. Given the m before it, m_i does not depend on the z before it: were q jointly
+    Gaussian, this form would be exact. g says how much better m_i is known where z_i and z_j contradict each other.
     Coordinates that are `known` (continuous ones) are conditioned on; for them t_j = m_j.
     """
 
     @abc.abstractmethod
     def mean(self, m: Float[Array, " dim"], t: Float[Array, " dim"]) -> Float[Array, " dim"]:
         """The sums over m_j and t_j, for every i at once."""
+
+    @abc.abstractmethod
+    def log_scale(self, t: Float[Array, " dim"]) -> Float[Array, " dim"]:
+        """The part of log s_i that depends on later values, between -`MOST` and `MOST`."""
 
     @abc.abstractmethod
     def solve(
@@ -34,12 +41,17 @@ class DenseReverse(AbstractReverse):
 
     Attributes:
         weights: a below the diagonal, b on it and above, shape (D, D).
+        scales: g above the diagonal, shape (D, D); the rest is not used.
     """
 
     weights: Float[Array, "dim dim"]
+    scales: Float[Array, "dim dim"]
 
     def mean(self, m: Array, t: Array) -> Array:
         return jnp.tril(self.weights, -1) @ m + jnp.triu(self.weights) @ t
+
+    def log_scale(self, t: Array) -> Array:
+        return _bounded(t * (jnp.triu(self.scales, 1) @ t))
 
     def solve(self, right: Array, t: Array, known: Array) -> Array:
         free = 1 - known
@@ -54,14 +66,18 @@ class BandedReverse(AbstractReverse):
     Attributes:
         before: a, (levels, D); [k, i] is for m_{i-k-1}.
         after: b, (ahead + 1, D); [k, i] is for t_{i+k}.
+        scales: g, (ahead, D); [k, i] is for t_{i+k+1}.
     """
 
     before: Float[Array, "levels dim"]
-    after: Float[Array, "ahead dim"]
+    after: Float[Array, "ahead_and_own dim"]
+    scales: Float[Array, "ahead dim"]
 
     def _ahead(self, t: Array) -> Array:
-        padded = jnp.concatenate([t, jnp.zeros(len(self.after), t.dtype)])
-        return sum((row * padded[k : k + len(t)] for k, row in enumerate(self.after)), jnp.zeros(len(t)))
+        return _window(self.after, t, 0)
+
+    def log_scale(self, t: Array) -> Array:
+        return _bounded(t * _window(self.scales, t, 1))
 
     def mean(self, m: Array, t: Array) -> Array:
         levels = len(self.before)
@@ -77,3 +93,14 @@ class BandedReverse(AbstractReverse):
 
         places = (self.before.T, right + self._ahead(t), known, t)
         return jax.lax.scan(one, jnp.zeros(len(self.before), t.dtype), places)[1]
+
+
+def _window(weights: Array, t: Array, first: int) -> Array:
+    """Sum over k of weights[k, i] t_{i+k+first}."""
+    padded = jnp.concatenate([t, jnp.zeros(len(weights) + first, t.dtype)])
+    parts = [row * padded[k + first : k + first + len(t)] for k, row in enumerate(weights)]
+    return sum(parts, jnp.zeros_like(t))
+
+
+def _bounded(x: Array) -> Array:
+    return MOST * jnp.tanh(x / MOST)
