@@ -15,9 +15,9 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "hivi"
 
 ROWS: tuple[tuple[str, ...], ...] = (
     ("_errors.py", "_tree.py"),
-    ("_space.py", "_jaxprs.py"),
-    ("_locality/", "_likelihoods/", "_bijections.py"),
-    ("_factored.py", "_likelihood.py"),
+    ("_space.py", "_jaxprs.py", "_normal.py"),
+    ("_locality/", "_likelihoods/", "_bijections.py", "_pairs.py"),
+    ("_factored.py", "_likelihood.py", "_dependence.py", "_margins.py"),
     ("_target/",),
     ("_families/",),
     ("_bounds.py",),
@@ -40,8 +40,11 @@ PAIRS = {
     ),
     *(
         ("_families/hierarchical.py", f"_families/{part}.py")
-        for part in ("auxiliary", "flow", "full_rank", "mean_field", "mixture")
+        for part in ("auxiliary", "flow", "full_rank", "low_rank", "mean_field", "mixture")
     ),
+    ("_families/copula.py", "_families/latent_copula.py"),
+    ("_families/copula.py", "_families/reverse.py"),
+    ("_families/latent_copula.py", "_families/reverse.py"),
     ("_likelihoods/negative_binomial.py", "_likelihoods/poisson.py"),
     ("_families/amortised.py", "_families/mean_field.py"),
     ("_families/base.py", "_families/checks.py"),
@@ -67,6 +70,7 @@ PAIRS = {
     ("_estimators/differences.py", "_estimators/disarm.py"),
     ("_estimators/score.py", "_estimators/leave_one_out.py"),
     ("_target/log_joint.py", "_target/base.py"),
+    ("_target/origin.py", "_target/statements.py"),
 }
 FREE = {"_fit/", "cli/", "reproduce/", "topics/"}  # any imports inside, as long as they make no circle
 

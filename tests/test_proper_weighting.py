@@ -106,17 +106,37 @@ ROWS = [
     for inner in (0, 2)
     if row.takes(TARGETS[target]())
     and not one_dimensional(target, family)
-    and not (inner and (not family.startswith("hvm") or family in INNER_REFUSED))
+    and not (inner and (not family.startswith(("hvm", "copula")) or family in INNER_REFUSED))
     and not ("product" in family and target == "constrained")
 ]
 DEFAULT_ROWS = [
     *(("pair", f, 0) for f in ("mean-field", "mixture", "hvm planar", "hvm full-rank", "hvm mixture", "hvm hvm")),
     *(("pair", f, 2) for f in ("hvm planar", "hvm mean-field", "hvm full-rank, semi-implicit")),
     *((t, "mean-field", 0) for t in ("count", "binomial", "mixed")),
-    *(("normal", f, 0) for f in ("full-rank", "flow planar", "flow coupling", "flow maf", "flow spline")),
+    *(
+        ("normal", f, 0)
+        for f in (
+            "full-rank",
+            "low-rank",
+            "copula",
+            "copula vine",
+            "copula vine, frank",
+            "flow planar",
+            "flow coupling",
+            "flow maf",
+            "flow spline",
+        )
+    ),
     ("mixed", "hvm full-rank", 0),
+    ("pair", "hvm low-rank", 2),
     ("count", "hvm mean-field", 0),
     ("sites", "product", 0),
+    ("pair", "copula", 0),
+    ("pair", "copula vine", 2),
+    ("counts", "copula vine, frank", 0),
+    ("binomial", "copula", 0),
+    ("mixed", "copula", 2),
+    ("sites", "copula vine", 2),
 ]
 
 
@@ -167,7 +187,8 @@ def test_a_wrong_weight_is_noticed():
 
 # Densities
 
-EXACT = ["mean-field", "mixture", "full-rank", *(f"flow {k}" for k in KINDS)]
+COPULAS = ["copula", "copula vine", "copula vine, frank"]
+EXACT = ["mean-field", "mixture", "full-rank", "low-rank", *COPULAS, *(f"flow {k}" for k in KINDS)]
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -218,7 +239,7 @@ def test_density_is_unbiased_everywhere(family):
 
 # Coordinates of priors
 
-PRIORS = ["mean-field", "full-rank", "mixture", *(f"flow {k}" for k in KINDS), "hvm full-rank"]
+PRIORS = ["mean-field", "full-rank", "low-rank", *COPULAS, "mixture", *(f"flow {k}" for k in KINDS), "hvm full-rank"]
 
 
 @pytest.mark.parametrize("family", PRIORS)
@@ -238,13 +259,13 @@ def test_coordinates_go_there_and_back(family):
 
     bases = jax.random.normal(jax.random.key(0), (50, 2))
     back, back_log_det, log_det, right = quick(jax.vmap(both))(bases)
-    rounding = 1e-2 if "spline" in family else 1e-3
+    rounding = 1e-2 if "spline" in family else 2e-3 if "copula" in family else 1e-3
     np.testing.assert_allclose(back, bases, atol=rounding)
     np.testing.assert_allclose(back_log_det, -log_det, atol=rounding)
     np.testing.assert_allclose(log_det, right, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["full-rank", *(f"flow {k}" for k in KINDS)])
+@pytest.mark.parametrize("family", ["full-rank", "low-rank", *COPULAS, *(f"flow {k}" for k in KINDS)])
 def test_coordinates_of_a_draw_are_its_base(family):
     model = TARGETS["normal"]()
     proposal = built(family, model)

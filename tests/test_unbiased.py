@@ -252,9 +252,16 @@ DEFAULT: list[Case] = [
     *crossed("hvm full-rank", "pair", "enumeration", bounds="elbo | inner 2"),
     *crossed("mixture", "mixed", "enumeration", bounds="elbo"),
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
+    *crossed("copula", "pair", "exact", bounds="elbo | outer 2, inner 2"),
+    *crossed("copula vine, frank", "pair", "score", bounds="inner 2"),
+    *crossed("copula vine", "categorical", "exact", bounds="elbo"),
+    *crossed("copula", "count", "exact", bounds="elbo", most=40),
+    *crossed("copula vine", "mixed", "exact", bounds="elbo"),
+    Case("copula", "sites", "exact", "elbo"),
 ]
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
 FLOWS = " | ".join(f"hvm {k}" for k in ("planar", "coupling", "maf", "spline"))
+COPULAS = "copula | copula vine | copula vine, frank"
 OTHERS = "hvm planar, linearised | hvm full-rank, semi-implicit | hvm mixture, inverse | hvm hvm, linearised"
 SLOW: list[Case] = [
     case
@@ -268,6 +275,12 @@ SLOW: list[Case] = [
         *crossed(f"{TINY} | hvm planar", "binomial", "exact", bounds="elbo | inner 2"),
         *crossed("hvm full-rank | hvm planar | hvm mixture | product", "sites", "exact", bounds="elbo | inner 2"),
         *crossed("mean-field | mixture | hvm full-rank | hvm planar", "triple", bounds="elbo | inner 2"),
+        *crossed(COPULAS, "pair"),
+        *crossed(COPULAS, "categorical", bounds="elbo | inner 2"),
+        *crossed(COPULAS, "triple", bounds="elbo | inner 2"),
+        *crossed(COPULAS, "count", "exact", bounds="elbo | inner 2", most=40),
+        *crossed(COPULAS, "binomial", "exact", bounds="elbo | inner 2"),
+        *crossed(COPULAS, "mixed", "exact"),
     ]
     if case not in DEFAULT and not (case.family == "hvm mixture" and BOUNDS[case.bound].inner)
 ]

@@ -19,10 +19,12 @@ from hivi._estimators.sticking import StickTheLanding
 from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.codes import Codes
+from hivi._families.copula import Copula
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._families.standardised import Standardised
@@ -45,6 +47,7 @@ __all__ = [
     "Codes",
     "Comparison",
     "Component",
+    "Copula",
     "CorpusError",
     "Curvature",
     "DeepExponentialFamily",
@@ -70,6 +73,7 @@ __all__ = [
     "Linearised",
     "LoadError",
     "LocalExpectation",
+    "LowRank",
     "MeanField",
     "MeanFieldGamma",
     "Mixture",

@@ -24,6 +24,7 @@ from hivi._families.auxiliary import (
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, with_concentration
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanFieldProposal
 from hivi._families.mixture import Mixture
 from hivi._likelihood import likelihood, natural_gradient
@@ -145,7 +146,7 @@ class Hierarchical(AbstractFamily):
             return self.auxiliary
         choices: dict[type, AbstractAuxiliary] = {Mixture: Component()}
         if link.dim <= DENSE_LIMIT:
-            choices[FullRank] = Linearised()
+            choices[FullRank] = choices[LowRank] = Linearised()
         if type(self.prior) is Flow:
             choices[Flow] = InverseFlow(2 * self.prior.layers, self.prior.kind)
         return choices.get(type(self.prior), InverseFlow())

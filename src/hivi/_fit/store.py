@@ -27,10 +27,12 @@ from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import AbstractAuxiliary, Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
+from hivi._families.copula import Copula
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._families.standardised import Standardised
@@ -40,7 +42,7 @@ from hivi._tree import PyTree, compiled
 KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
-        MeanField, MeanFieldGamma, Amortised, FullRank, Flow, Mixture, Standardised, Hierarchical, Codes,
+        MeanField, MeanFieldGamma, Amortised, FullRank, LowRank, Copula, Flow, Mixture, Standardised, Hierarchical, Codes,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
 }  # fmt: skip

@@ -12,9 +12,11 @@ import typer
 from hivi._errors import TargetError
 from hivi._estimators.auto import Auto
 from hivi._families.base import AbstractFamily
+from hivi._families.copula import Copula
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._families.standardised import Standardised
@@ -38,6 +40,9 @@ class Family(enum.StrEnum):
     mean_field = "mean-field"
     full_rank = "full-rank"
     standardised = "standardised"
+    low_rank = "low-rank"
+    copula = "copula"
+    vine = "vine"
     flow = "flow"
     mixture = "mixture"
     hierarchical = "hierarchical"
@@ -47,6 +52,9 @@ FAMILIES: dict[Family, AbstractFamily] = {
     Family.mean_field: MeanField(),
     Family.full_rank: FullRank(),
     Family.standardised: Standardised(),
+    Family.low_rank: LowRank(rank=4),
+    Family.copula: Copula(),
+    Family.vine: Copula("vine", levels=2),
     Family.flow: Flow(),
     Family.mixture: Mixture(components=4),
     Family.hierarchical: Hierarchical(),

@@ -1,0 +1,225 @@
+"""Integers as rounded Gaussians: q(z_i | m_i) of a copula whose marginals are discrete."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import betainc, gammainc, gammaincc, gammaln, log_ndtr, ndtr
+from jaxtyping import Array
+from numpyro.distributions import Normal
+
+from hivi._likelihoods.base import AbstractLikelihood
+from hivi._normal import from_logit, log_interval, to_logit
+from hivi._tree import Key, value_zero
+
+EDGE = 40.0
+"""Threshold beyond the last value: no latent Gaussian comes near it."""
+TINY = 1e-30
+MAX_LOG_RATE = 11.0
+"""The incomplete gamma function loses its digits at larger rates."""
+MAX_STRETCH = math.log(2.0)
+
+
+class AbstractMarginal(eqx.Module):
+    """A distribution over low, low+1, ...: the marginal F_i of a discrete copula, with parameters theta of width `width`.
+
+    z is the value with Phi^-1(F(z-1)) < e <= Phi^-1(F(z)) of a latent standard normal e.
+    """
+
+    low: eqx.AbstractVar[int]
+
+    @property
+    @abc.abstractmethod
+    def width(self) -> int:
+        """Number of parameters per coordinate."""
+
+    @abc.abstractmethod
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        """Initial parameters, (*shape, width)."""
+
+    @abc.abstractmethod
+    def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
+        """Phi^-1 of F(z-1) and of F(z), elementwise."""
+
+    @abc.abstractmethod
+    def ceiling(self, theta: Array) -> Array:
+        """A value that is certainly large enough, as an integer."""
+
+    def centre(self, theta: Array, z: Array) -> Array:
+        """E[e | z], the mean of the latent normal between the value's thresholds."""
+        below, above = self.thresholds(theta, z)
+        mass, normal = log_interval(below, above), Normal(0.0, 1.0)
+        mean = jnp.exp(normal.log_prob(below) - mass) - jnp.exp(normal.log_prob(above) - mass)
+        return jnp.clip(mean, -EDGE, EDGE)
+
+
+class FiniteMarginal(AbstractMarginal):
+    """low, ..., low+count-1 with any probabilities: softmax of theta, or one logit for two values."""
+
+    low: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        return 1 if self.count == 2 else self.count
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        return 0.01 * jax.random.normal(key, (*shape, self.width))
+
+    def cuts(self, theta: Array) -> Array:
+        """The thresholds between the values, (*shape, count - 1)."""
+        if self.count == 2:
+            return from_logit(-theta)
+        below = jax.lax.cumlogsumexp(theta, axis=theta.ndim - 1)[..., :-1]
+        above = jax.lax.cumlogsumexp(theta, axis=theta.ndim - 1, reverse=True)[..., 1:]
+        return from_logit(below - above)
+
+    def table(self, theta: Array, location: Array, log_scale: Array) -> Array:
+        """Parameters of the `FiniteLikelihood` q(z | e ~ N(location, scale)): log-probabilities, or one logit."""
+        cuts = (self.cuts(theta) - location[..., None]) * jnp.exp(-log_scale)[..., None]
+        if self.count == 2:
+            return to_logit(-cuts)
+        inner = log_interval(cuts[..., :-1], cuts[..., 1:])
+        return jnp.concatenate([log_ndtr(cuts[..., :1]), inner, log_ndtr(-cuts[..., -1:])], -1)
+
+    def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
+        cuts = self.cuts(theta)
+        edge = jnp.full((*cuts.shape[:-1], 1), EDGE, cuts.dtype)
+        every, place = jnp.concatenate([-edge, cuts, edge], -1), (z - self.low)[..., None]
+        below, above = (jnp.take_along_axis(every, place + k, -1)[..., 0] for k in (0, 1))
+        return below, above
+
+    def ceiling(self, theta: Array) -> Array:
+        return jnp.full(theta.shape[:-1], self.low + self.count - 1)
+
+
+class PoissonMarginal(AbstractMarginal):
+    """low + Poisson(rate), widened or narrowed: F(z) = Phi(c Phi^-1(F_Poisson(z))), c in (1/2, 2); theta = (log rate, free c).
+
+    c = 1 is the Poisson itself, where it starts; c < 1 is wider.
+    """
+
+    low: int
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
+
+    def _rate(self, theta: Array) -> Array:
+        free = theta[..., 0]
+        return jnp.exp(jnp.where(free > MAX_LOG_RATE, MAX_LOG_RATE + value_zero(free), free))
+
+    def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
+        count, rate = (z - self.low).astype(theta.dtype), self._rate(theta)
+        mass = jnp.exp(count * jnp.log(rate) - rate - gammaln(count + 1))
+        below = jnp.where(count == 0, 0.0, gammaincc(jnp.maximum(count, 1.0), rate))
+        return _stretched(below, mass, gammainc(count + 1, rate), theta[..., 1])
+
+    def ceiling(self, theta: Array) -> Array:
+        # Anscombe: the square root of a Poisson is about normal with deviation 1/2.
+        return self.low + jnp.ceil((jnp.sqrt(self._rate(theta)) + 7.0) ** 2 + 10).astype(jnp.int32)
+
+
+class BinomialMarginal(AbstractMarginal):
+    """low + Binomial(count - 1, sigmoid(theta_0)), widened or narrowed as `PoissonMarginal`."""
+
+    low: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
+
+    def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
+        n, count, logit = float(self.count - 1), (z - self.low).astype(theta.dtype), theta[..., 0]
+        choose = gammaln(n + 1) - gammaln(count + 1) - gammaln(n - count + 1)
+        mass = jnp.exp(choose + count * logit - n * jax.nn.softplus(logit))
+        least, most = jnp.maximum(count, 1.0), jnp.minimum(count, n - 1)
+        below = jnp.where(count == 0, 0.0, betainc(n - least + 1, least, jax.nn.sigmoid(-logit)))
+        above = jnp.where(count == n, 0.0, betainc(most + 1, n - most, jax.nn.sigmoid(logit)))
+        return _stretched(below, mass, above, theta[..., 1])
+
+    def ceiling(self, theta: Array) -> Array:
+        return jnp.full(theta.shape[:-1], self.low + self.count - 1)
+
+
+def _stretched(below: Array, mass: Array, above: Array, free: Array) -> tuple[Array, Array]:
+    """Thresholds from P(<z), P(z) and P(>z): sums only, so that neither tail cancels."""
+    stretch = jnp.exp(MAX_STRETCH * jnp.tanh(free / MAX_STRETCH))
+    lower = from_logit(jnp.log(jnp.maximum(below, TINY)) - jnp.log(jnp.maximum(above + mass, TINY)))
+    upper = from_logit(jnp.log(jnp.maximum(below + mass, TINY)) - jnp.log(jnp.maximum(above, TINY)))
+    return jnp.where(below == 0, -EDGE, stretch * lower), jnp.where(above == 0, EDGE, stretch * upper)
+
+
+class ThresholdLikelihood(AbstractLikelihood):
+    """z = the value whose thresholds enclose e_i ~ N(location_i, scale_i); lambda_i = (theta_i, location_i, log scale_i).
+
+    q(z | location) = Phi((b - location) / scale) - Phi((a - location) / scale), a and b the thresholds of z. Whatever the
+    marginal, `d E f = E[(dS(z) / q(z)) (f(z+1) - f(z))]`, S(z) = P(z' > z): the difference identity of the Poisson in general.
+    """
+
+    marginal: AbstractMarginal = eqx.field(static=True)
+    reparameterised: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return self.marginal.width + 2
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        rest = jnp.broadcast_to(jnp.array([0.0, math.log(0.7)]), (*shape, 2))
+        return jnp.concatenate([self.marginal.start(shape, key), rest], -1)
+
+    def _between(self, lam: Array, z: Array) -> tuple[Array, Array]:
+        below, above = self.marginal.thresholds(lam[..., :-2], z)
+        scale = jnp.exp(-lam[..., -1])
+        return (below - lam[..., -2]) * scale, (above - lam[..., -2]) * scale
+
+    def sample(self, lam: Array, key: Key) -> Array:
+        theta, low = lam[..., :-2], self.marginal.low
+        latent = lam[..., -2] + jnp.exp(lam[..., -1]) * jax.random.normal(key, lam.shape[:-1], lam.dtype)
+
+        def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            least, most = ends  # the value is above `least` and at most `most`
+            middle = (least + most + 1) // 2
+            enough = self.marginal.thresholds(theta, jnp.maximum(middle, low))[1] >= latent
+            return jnp.where(enough, least, middle), jnp.where(enough, middle, most)
+
+        most = self.marginal.ceiling(theta)
+        ends = (jnp.full_like(most, low - 1), most)
+        return jax.lax.while_loop(lambda e: jnp.any(e[1] - e[0] > 1), halve, ends)[1].astype(jnp.int32)
+
+    def log_prob(self, lam: Array, z: Array) -> Array:
+        return log_interval(*self._between(lam, z))
+
+    def mean(self, lam: Array) -> Array:
+        raise NotImplementedError("no closed form")
+
+    def moves(self, z: Array) -> Array:
+        top = getattr(self.marginal, "count", 0)
+        return (jnp.minimum(z + 1, self.marginal.low + top - 1) if top else z + 1)[None]
+
+    def move_weights(self, lam: Array, z: Array) -> Array:
+        below, above = self._between(lam, z)
+        mass = jnp.maximum(jnp.exp(jax.lax.stop_gradient(log_interval(below, above))), TINY)
+        return (1 + value_zero(ndtr(-above)) / mass)[None]
+
+    def score(self, lam: Array, z: Array) -> Array:
+        return jax.grad(lambda free: jnp.sum(self.log_prob(free, z)))(lam)
+
+    def fisher(self, lam: Array) -> Array:
+        raise NotImplementedError("no closed form")
+
+    def features(self, z: Array) -> Array:
+        count = (z - self.marginal.low).astype(jnp.result_type(float))
+        return jnp.stack([jnp.ones_like(count), jnp.log1p(count)], -1)
