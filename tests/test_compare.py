@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import constraints
 from typer.testing import CliRunner, Result
@@ -167,6 +170,45 @@ def test_words_on_rows() -> None:
     ]  # fmt: skip
     assert good.faults == ()
     assert broken.faults == ("refused",)
+
+
+def test_further_columns() -> None:
+    row = Row("a", "", bound=hivi.Estimate(-1.0, 0.01), converged=True, notes={"hierarchy?": "+0.2 nats"})
+    other = Row("b" * 200, "", bound=hivi.Estimate(-1.0, 0.01), converged=True)
+    lines = str(hivi.Comparison((row, other), {}, notes={"curvature": "no direction"})).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert "hierarchy?" in lines[2]
+    assert lines[4].endswith("+0.2 nats")
+    assert lines[-1] == "curvature: no direction"
+
+
+def test_minibatches_have_a_bound_and_say_what_they_lack() -> None:
+    def model(x: Any, y: Any) -> None:
+        slope = numpyro.sample("slope", dist.Normal(0, 3))
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("y", dist.Normal(slope * x, 0.5), obs=y)
+
+    x = jnp.linspace(-1, 1, 20)
+    target = hivi.from_numpyro(model, x, 2 * x, subsample={"data": 5})
+    found = hivi.compare(target, {"m": hivi.MeanField()}, key=KEY, steps=200, progress=False, nuts=True)
+    row = found["m"]
+    assert row.bound is not None
+    assert row.tighter is None
+    assert row.khat is None
+    assert any("no tighter bound" in r for r in row.remarks)
+    assert any("no k-hat (minibatches" in r for r in row.remarks)
+    assert "NUTS: needs whole data" in str(found)
+
+
+def test_what_cannot_be_measured_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("by accident")
+
+    monkeypatch.setattr(sys.modules["hivi.compare"], "marginal_khat", broken)
+    found = hivi.compare(table(), {"m": hivi.MeanField()}, key=KEY, steps=100, progress=False)
+    assert "could not be measured: ZeroDivisionError: by accident" in found["m"].faults[0]
+    assert set(found.fits) == {"m"}
+    assert json.loads(found.to_json())["best"] is None
 
 
 def test_json(discrete: hivi.Comparison, continuous: hivi.Comparison) -> None:

@@ -205,7 +205,7 @@ class Comparison:
             reference = {k: _plain(v) for k, v in self.reference._asdict().items()}
         return {
             "target": self.target,
-            "best": self.best if self.fits else None,
+            "best": self.best if any(r.bound for r in self.rows) else None,
             "families": [row.as_dict() for row in self.rows],
             "nuts": reference,
             "notes": dict(self.notes),

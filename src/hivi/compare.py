@@ -145,7 +145,11 @@ def compare(
                 attempt, remarks = _try_fit(target, family, keys, settings), ()
         row = Row(name, str(family), error=attempt.error, remarks=remarks)
         if attempt.fit is not None:
-            row, fits[name] = _measured(row, attempt.fit, keys, draws), attempt.fit
+            fits[name] = attempt.fit
+            try:
+                row = _measured(row, attempt.fit, keys, draws)
+            except Exception as error:  # the other families' results, and this fit, are worth more than the traceback
+                row = dataclasses.replace(row, error=f"could not be measured: {_text(error)}")
         rows.append(row)
     reference = None
     if nuts and fits:
@@ -217,7 +221,7 @@ def _try_fit(target: Target, family: Family, keys: _Keys, settings: Mapping[str,
     except HiviError as error:
         return _Attempt(None, f"could not be fitted: {error}")
     except Exception as error:
-        return _Attempt(None, f"could not be fitted: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
+        return _Attempt(None, f"could not be fitted: {_text(error)}")
 
 
 def _measured(row: Row, found: Fit, keys: _Keys, draws: int) -> Row:
@@ -261,6 +265,11 @@ def _with_nuts(
         return rows, reference
     beside = {n: against(f, flat, keys.draw) for n, f in fits.items()}
     return [dataclasses.replace(r, against=beside.get(r.name)) for r in rows], reference
+
+
+def _text(error: Exception) -> str:
+    """An unexpected error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _found(error: HiviError) -> str:

@@ -54,15 +54,15 @@ def run_nuts(target: Target, start: Fit, key: Key, warmup: int, draws: int) -> t
     )  # fmt: skip
     try:
         sampler.run(k_run, init_params=first, extra_fields=("diverging",))
-    except (RuntimeError, ValueError, FloatingPointError) as error:
-        return _without(f"failed ({str(error).splitlines()[0]})", time.monotonic() - began), {}
+    except Exception as error:  # the families' results are worth more than its traceback
+        return _without(f"failed ({type(error).__name__}: {str(error)[:200]})", time.monotonic() - began), {}
     chains = {n: np.asarray(x, np.float64) for n, x in sampler.get_samples(group_by_chain=True).items()}
     r_hat = max(float(np.max(split_gelman_rubin(x))) for x in chains.values())
     ess = min(float(np.min(effective_sample_size(x))) for x in chains.values())
     divergences = int(np.sum(sampler.get_extra_fields()["diverging"]))
     flat = {n: x.reshape(-1, *x.shape[2:]) for n, x in chains.items()}
     own = {n: np.asarray(x, np.float64) for n, x in _constrained(target, _as_arrays(flat)).items()}
-    doubts = [] if r_hat <= RHAT else [f"its chains disagree (r-hat above {RHAT}): it is no reference"]
+    doubts = [] if r_hat <= RHAT else [f"its chains disagree (r-hat above {RHAT}): no firm reference"]
     doubts += [] if not divergences else ["divergent transitions: it may miss part of the posterior"]
     means, sds = ({n: f(x, axis=0) for n, x in own.items()} for f in (np.mean, np.std))
     seconds = time.monotonic() - began
