@@ -20,8 +20,8 @@ from hivi._likelihoods.finite import FiniteLikelihood
 from hivi._likelihoods.threshold import (
     AbstractMarginal,
     BinomialMarginal,
+    CountMarginal,
     FiniteMarginal,
-    PoissonMarginal,
     ThresholdLikelihood,
 )
 from hivi._margins import Margins
@@ -54,7 +54,7 @@ def marginal_of(site: Site) -> AbstractMarginal:
     """The kind of marginal of a discrete site."""
     kind, low, count = site.values.kind, site.values.low, site.values.count
     if kind == "count":
-        return PoissonMarginal(low)
+        return CountMarginal(low)
     return FiniteMarginal(low, count) if kind == "finite" else BinomialMarginal(low, count)
 
 

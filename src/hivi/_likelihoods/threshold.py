@@ -9,7 +9,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import betainc, gammainc, gammaincc, gammaln, log_ndtr, ndtr
+from jax.scipy.special import betainc, gammaln, log_ndtr, ndtr
 from jaxtyping import Array
 from numpyro.distributions import Normal
 
@@ -20,8 +20,8 @@ from hivi._tree import Key, value_zero
 EDGE = 40.0
 """Threshold beyond the last value: no latent Gaussian comes near it."""
 TINY = 1e-30
-MAX_LOG_RATE = 11.0
-"""The incomplete gamma function loses its digits at larger rates."""
+MAX_LOG_RATE = 14.0
+"""Rates are used up to e^14: beyond that neighbouring thresholds differ by less than float32 can tell."""
 MAX_STRETCH = math.log(2.0)
 
 
@@ -98,10 +98,14 @@ class FiniteMarginal(AbstractMarginal):
         return jnp.full(theta.shape[:-1], self.low + self.count - 1)
 
 
-class PoissonMarginal(AbstractMarginal):
-    """low + Poisson(rate), widened or narrowed: F(z) = Phi(c Phi^-1(F_Poisson(z))), c in (1/2, 2); theta = (log rate, free c).
+class CountMarginal(AbstractMarginal):
+    """About low + Poisson(rate), widened or narrowed: F(z) = Phi(c w(z)), c in (1/2, 2); theta = (log rate, free c).
 
-    c = 1 is the Poisson itself, where it starts; c < 1 is wider.
+    w(z) = 3 sqrt(n) (1 - 1/(9n) - (rate/n)^(1/3)), n = z + 1, is Wilson & Hilferty's normal score of the Poisson: at c = 1,
+    where it starts, F is a Poisson's to 0.006 for rates of 0.5 and more, to 0.002 from 3. It is F itself, not a sum of
+    probabilities, that defines the marginal: thresholds cost no series, and F is a cdf to the last digit. c < 1 is wider.
+
+    Source: Wilson & Hilferty (1931), for the chi-square distribution function, of which the Poisson's is one.
     """
 
     low: int
@@ -119,17 +123,23 @@ class PoissonMarginal(AbstractMarginal):
 
     def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
         count, rate = (z - self.low).astype(theta.dtype), self._rate(theta)
-        mass = jnp.exp(count * jnp.log(rate) - rate - gammaln(count + 1))
-        below = jnp.where(count == 0, 0.0, gammaincc(jnp.maximum(count, 1.0), rate))
-        return _stretched(below, mass, gammainc(count + 1, rate), theta[..., 1])
+        stretch = _stretch(theta[..., 1])
+        below = stretch * _score(jnp.maximum(count, 1.0), rate)
+        return jnp.where(count == 0, -EDGE * jnp.maximum(1.0, jnp.sqrt(rate)), below), stretch * _score(count + 1, rate)
 
     def ceiling(self, theta: Array) -> Array:
         # Anscombe: the square root of a Poisson is about normal with deviation 1/2.
         return self.low + jnp.ceil((jnp.sqrt(self._rate(theta)) + 7.0) ** 2 + 10).astype(jnp.int32)
 
 
+def _score(n: Array, rate: Array) -> Array:
+    """Wilson and Hilferty's score; below rate/27, where it would fall again (beyond -7), it stays."""
+    n = jnp.maximum(n, rate / 27)
+    return 3 * jnp.sqrt(n) - 1 / (3 * jnp.sqrt(n)) - 3 * jnp.sqrt(n) * jnp.cbrt(rate / n)
+
+
 class BinomialMarginal(AbstractMarginal):
-    """low + Binomial(count - 1, sigmoid(theta_0)), widened or narrowed as `PoissonMarginal`."""
+    """low + Binomial(count - 1, sigmoid(theta_0)), widened or narrowed by c as `CountMarginal`."""
 
     low: int
     count: int
@@ -154,9 +164,13 @@ class BinomialMarginal(AbstractMarginal):
         return jnp.full(theta.shape[:-1], self.low + self.count - 1)
 
 
+def _stretch(free: Array) -> Array:
+    return jnp.exp(MAX_STRETCH * jnp.tanh(free / MAX_STRETCH))
+
+
 def _stretched(below: Array, mass: Array, above: Array, free: Array) -> tuple[Array, Array]:
     """Thresholds from P(<z), P(z) and P(>z): sums only, so that neither tail cancels."""
-    stretch = jnp.exp(MAX_STRETCH * jnp.tanh(free / MAX_STRETCH))
+    stretch = _stretch(free)
     lower = from_logit(jnp.log(jnp.maximum(below, TINY)) - jnp.log(jnp.maximum(above + mass, TINY)))
     upper = from_logit(jnp.log(jnp.maximum(below + mass, TINY)) - jnp.log(jnp.maximum(above, TINY)))
     return jnp.where(below == 0, -EDGE, stretch * lower), jnp.where(above == 0, EDGE, stretch * upper)
