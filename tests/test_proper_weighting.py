@@ -107,7 +107,7 @@ ROWS = [
     if row.takes(TARGETS[target]())
     and not one_dimensional(target, family)
     and not (inner and (not family.startswith("hvm") or family in INNER_REFUSED))
-    and not ("product" in family and target == "constrained")
+    and not (("product" in family or "structured" in family) and target == "constrained")
 ]
 DEFAULT_ROWS = [
     *(("pair", f, 0) for f in ("mean-field", "mixture", "hvm planar", "hvm full-rank", "hvm mixture", "hvm hvm")),
@@ -117,6 +117,10 @@ DEFAULT_ROWS = [
     ("mixed", "hvm full-rank", 0),
     ("count", "hvm mean-field", 0),
     ("sites", "product", 0),
+    ("pair", "hvm planar, recursive", 0),
+    ("pair", "hvm full-rank, recursive", 2),
+    ("mixed", "structured backwards", 0),
+    ("sites", "structured hvm", 0),
 ]
 
 

@@ -247,10 +247,14 @@ DEFAULT: list[Case] = [
     *crossed("hvm mean-field", "pair", "score", bounds="outer 3"),
     *crossed("hvm planar", "pair", "exact", bounds="elbo"),
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
+    *crossed("hvm full-rank, recursive", "pair", "exact", bounds="elbo | inner 2"),
 ]
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
 FLOWS = " | ".join(f"hvm {k}" for k in ("planar", "coupling", "maf", "spline"))
-OTHERS = "hvm planar, linearised | hvm full-rank, semi-implicit | hvm mixture, inverse | hvm hvm, linearised"
+OTHERS = (
+    "hvm planar, linearised | hvm full-rank, semi-implicit | hvm mixture, inverse | hvm hvm, linearised "
+    "| hvm planar, recursive"
+)
 SLOW: list[Case] = [
     case
     for case in [

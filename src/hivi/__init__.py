@@ -23,6 +23,8 @@ from hivi._families.gamma import MeanFieldGamma
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.recursive import Recursive
+from hivi._families.structured import Structured
 from hivi._fit.loop import fit
 from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
@@ -68,9 +70,11 @@ __all__ = [
     "Mixture",
     "MovingAverage",
     "Pathwise",
+    "Recursive",
     "Score",
     "SemiImplicit",
     "StickTheLanding",
+    "Structured",
     "Target",
     "TargetError",
     "curvature",

@@ -30,25 +30,34 @@ def build_proposal(
     Raises:
         FamilyError: a site without a family, or a key that matches none.
     """
-    groups = _groups(family, sites)
+    groups = grouped(family, sites)
     parts = []
     for k, (member, group) in zip(jax.random.split(key, len(groups)), groups, strict=True):
         for k2, (plate, some) in zip(jax.random.split(k, len(group)), _by_plate(member, group).items(), strict=False):
             k3, k4 = jax.random.split(k2)
-            if member.inner() is not member and any(s.local is None for s in some):
-                parts.append(member.build(some, k3))  # which says that it needs rows
-            elif member.inner() is not member:  # amortised
-                one = member.inner()
-                rows = one.build(some, k3) if one.native_plates() or plate is None else _rows(one, some, plate, k3)
-                parts.append(member.over_rows(rows, k4))
+            if member.inner() is not member:  # amortised
+                parts.append(_amortised(member, some, k3, k4))
             else:
-                parts.append(member.build(some, k2) if plate is None else _rows(member, some, plate, k2))
+                parts.append(member.build(some, k2) if plate is None else by_rows(member, some, plate, k2))
     return parts[0] if len(parts) == 1 else ProductProposal(tuple(s for p in parts for s in p.sites), tuple(parts))
 
 
-def _groups(
+def _amortised(member: AbstractFamily, sites: tuple[Site, ...], k_rows: Key, k_network: Key) -> AbstractProposal:
+    """The proposal of an inference network: its row, and the network that gives the parameters of each row."""
+    one, local = member.inner(), member.localised(sites)
+    plate, axes = next((s.local[0], {t.local[1] for t in local if t.local}) for s in local if s.local is not None)
+    rows = one.build(local, k_rows) if one.native_plates() and axes == {0} else by_rows(one, local, plate, k_rows)
+    return member.over_rows(rows, k_network)
+
+
+def grouped(
     family: AbstractFamily | Mapping[str, AbstractFamily], sites: tuple[Site, ...]
 ) -> list[tuple[AbstractFamily, tuple[Site, ...]]]:
+    """The groups of sites that are fitted jointly, each with its family, in the order of the keys.
+
+    Raises:
+        FamilyError: a site without a family, or a key that matches none.
+    """
     if isinstance(family, AbstractFamily):
         return [(family, sites)]
     if not isinstance(family, Mapping):
@@ -94,7 +103,12 @@ def _by_plate(family: AbstractFamily, sites: tuple[Site, ...]) -> dict[Plate | N
     return out
 
 
-def _rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Key) -> AbstractProposal:
+def by_rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Key) -> AbstractProposal:
+    """A family built for one row of a plate, its parameters repeated for every row.
+
+    Raises:
+        FamilyError: a family that cannot be repeated row by row.
+    """
     rows = tuple(s.row() for s in sites)
     count = next(s.shape[s.local[1]] for s in sites if s.local is not None)  # all rows, or those of one minibatch
     keys = jax.random.split(key, count)
@@ -178,7 +192,8 @@ class RowsProposal(AbstractProposal):
         out = self._out(z)
         # Discrete values of all rows in one draw: the sampler's loops run once, not once for each row's worst case.
         given = self.conditionals(context)
-        discrete = [s.name for s in self.sites if s.discrete and s.name in given]
+        fixed = self.rows.upstream  # on which the rest of a row depends
+        discrete = [s.name for s in self.sites if s.discrete and s.name in given and s.name not in fixed]
         for name, k in zip(discrete, jax.random.split(k2, max(len(discrete), 1)), strict=False):
             out[name] = given[name].likelihood.sample(given[name].lam, k)
         return out, context
@@ -204,6 +219,14 @@ class RowsProposal(AbstractProposal):
         own, rest = self._split()
         taken = jax.tree.map(lambda x: x[rows[self.plate.name]], own)
         return self._with(eqx.combine(taken, rest))
+
+    @property
+    def upstream(self) -> frozenset[str]:
+        return self.rows.upstream
+
+    def resized(self, sites: tuple[Site, ...]) -> RowsProposal:
+        plate = next(s.local[0] for s in sites if s.local is not None)
+        return RowsProposal(sites, self.rows, plate, self.mask)
 
     def _with(self, rows: AbstractProposal) -> RowsProposal:
         return RowsProposal(self.sites, rows, self.plate, self.mask)
@@ -323,6 +346,21 @@ class ProductProposal(AbstractProposal):
     @property
     def amortised(self) -> bool:
         return any(p.amortised for p in self.parts)
+
+    @property
+    def upstream(self) -> frozenset[str]:
+        return frozenset().union(*(p.upstream for p in self.parts))
+
+    @property
+    def inferred(self) -> frozenset[str]:
+        return frozenset().union(*(p.inferred for p in self.parts))
+
+    def unseen(self, features: Mapping[str, Array], sites: tuple[Site, ...]) -> ProductProposal:
+        parts = tuple(p.unseen(features, sites) for p in self.parts)
+        return ProductProposal(tuple(s for p in parts for s in p.sites), parts)
+
+    def bare(self) -> ProductProposal:
+        return ProductProposal(self.sites, tuple(p.bare() for p in self.parts))
 
     def given(self, features: Array | None) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.given(features) for p in self.parts))
