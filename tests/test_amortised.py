@@ -168,7 +168,7 @@ def test_refusals():
         hivi.Amortised(data=X.reshape(-1, 2, 2))
     with pytest.raises(FamilyError, match="no start"):
         hivi.Amortised(hivi.Hierarchical(start=object()), data=X[:, None])
-    with pytest.raises(FamilyError, match="mixture"):
+    with pytest.raises(FamilyError, match="equal=True"):
         fitted(hivi.Amortised(hivi.Mixture(2), data=X[:, None]))
 
 
@@ -185,3 +185,16 @@ def test_refusals_at_unseen_rows():
     mixed = hivi.fit(target, family, key=jax.random.key(0), steps=1, samples=1, progress=False)
     with pytest.raises(FamilyError, match="site 'h' at other rows"):
         mixed.rows(X[:, None])
+
+
+@pytest.mark.parametrize("kind", ["exact", "score"])
+def test_a_mixture_of_equal_weights_is_stratified_row_by_row(kind):
+    """Every row has every component in some branch; the gradient has the right mean over all draws of all branches."""
+    target = hivi.from_numpyro(grouped, OBSERVED, subsample={"data": BATCH})
+    family = {"z": hivi.Mixture(2, equal=True), "g": hivi.MeanField()}
+    proposal = perturbed(build_proposal(family, target.sites, jax.random.key(0)), jax.random.key(1), 0.5)
+    assert proposal.branches == 2
+    agree(means(target, proposal, strategies(target, kind), hivi.Elbo()))
+    rows = proposal.gather(target.all_rows())
+    lam = [rows.conditionals(rows.propose(jax.random.key(3), b)[1])["z"].lam for b in (0, 1)]
+    assert not np.isclose(lam[0], lam[1]).any()

@@ -45,6 +45,8 @@ PAIRS = {
     ("_families/amortised.py", "_families/networks.py"),
     ("_families/structured.py", "_families/networks.py"),
     ("_families/structured.py", "_families/product.py"),
+    ("_families/structured.py", "_families/rows.py"),
+    ("_families/product.py", "_families/rows.py"),
     ("_families/recursive.py", "_families/auxiliary.py"),
     ("_estimators/auto.py", "_estimators/hierarchical_score.py"),
     ("_estimators/auto.py", "_estimators/differences.py"),

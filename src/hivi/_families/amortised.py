@@ -277,6 +277,17 @@ class AmortisedProposal(AbstractProposal):
     def conditionals(self, context: PyTree) -> dict[str, Conditional]:
         return self._all().conditionals(context)
 
+    @property
+    def branches(self) -> int:
+        return self.row.branches
+
+    @property
+    def equal_branches(self) -> bool:
+        return self.row.equal_branches
+
+    def log_weights(self) -> Float[Array, " branches"]:
+        return self.row.log_weights()
+
     def scales(self) -> dict[str, float]:
         return self._all().scales()
 

@@ -236,6 +236,11 @@ class AbstractProposal(eqx.Module):
         """Number of stratified components."""
         return 1
 
+    @property
+    def equal_branches(self) -> bool:
+        """Whether all branches have the same probability, whatever the parameters."""
+        return self.branches == 1
+
     def log_weights(self) -> Float[Array, " branches"]:
         """Log-probabilities of the branches."""
         return jnp.zeros(1)

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Layout
 from hivi._families.networks import check_width
-from hivi._families.product import build_proposal, by_rows, grouped
+from hivi._families.product import build_proposal, grouped
+from hivi._families.rows import by_rows
 from hivi._likelihood import likelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
