@@ -86,8 +86,8 @@ class MixtureProposal(AbstractProposal):
         per_component = jnp.zeros(self.branches)
         for s in self.sites:
             kind = likelihood(s)
-            terms = jax.vmap(lambda lam, s=s, kind=kind: kind.log_prob(lam, z[s.name]))(self.lam[s.name])
-            per_component = per_component + jnp.sum(terms.reshape(self.branches, -1), -1)
+            own = jax.vmap(lambda lam, s=s, kind=kind: kind.total(lam, z[s.name]))(self.lam[s.name])
+            per_component = per_component + own
         return logsumexp(per_component + self.log_weights())
 
     def conditionals(self, context: PyTree) -> dict[str, Conditional]:
