@@ -167,6 +167,14 @@ KINDS = ("planar", "coupling", "maf", "spline")
 SHORT = hivi.InverseFlow(layers=1)
 NESTED = hivi.Hierarchical(prior=hivi.Flow(layers=1), auxiliary=SHORT)
 
+STRUCTURES: dict[str, dict[str, AbstractFamily]] = {
+    "mean-field": {"[az]": hivi.MeanField(), ".*": hivi.MeanField()},
+    "backwards": {"[cx]": hivi.MeanField(), ".*": hivi.MeanField()},
+    "hvm": {"[az]": hivi.MeanField(), ".*": hivi.Hierarchical(prior=hivi.FullRank())},
+    "mixture first": {"[az]": hivi.Mixture(2), ".*": hivi.MeanField()},
+}
+"""The first group of "backwards" is real where a target has real and discrete sites."""
+
 FAMILIES: dict[str, Row] = {
     "mean-field": Row(hivi.MeanField()),
     "full-rank": Row(hivi.FullRank(), discrete=False),
@@ -193,7 +201,11 @@ FAMILIES: dict[str, Row] = {
     "hvm hvm": _hierarchical(NESTED, SHORT),
     "hvm hvm, linearised": _hierarchical(NESTED, hivi.Linearised()),
     "hvm hvm, semi-implicit": _hierarchical(NESTED, hivi.SemiImplicit()),
+    "hvm planar, recursive": _hierarchical(hivi.Flow(layers=1), hivi.Recursive(dim=2, layers=1)),
+    "hvm full-rank, recursive": _hierarchical(hivi.FullRank(), hivi.Recursive(dim=1, layers=0)),
+    "hvm hvm hvm": _hierarchical(hivi.Hierarchical(prior=NESTED, auxiliary=SHORT), SHORT),
     "codes": Row(hivi.Codes(bits=2)),
+    **{f"structured {n}": Row(hivi.Structured(groups), least=2) for n, groups in STRUCTURES.items()},
     "product": Row({"[az]": hivi.MeanField(), ".*": _hierarchical(hivi.FullRank()).family}, least=2),
     "product of mixtures": Row({"[az]": hivi.Mixture(2), ".*": hivi.Mixture(3)}, least=2),
 }

@@ -107,7 +107,7 @@ ROWS = [
     if row.takes(TARGETS[target]())
     and not one_dimensional(target, family)
     and not (inner and (not family.startswith(("hvm", "copula")) or family in INNER_REFUSED))
-    and not ("product" in family and target == "constrained")
+    and not (("product" in family or "structured" in family) and target == "constrained")
 ]
 DEFAULT_ROWS = [
     *(("pair", f, 0) for f in ("mean-field", "mixture", "hvm planar", "hvm full-rank", "hvm mixture", "hvm hvm")),
@@ -137,6 +137,10 @@ DEFAULT_ROWS = [
     ("binomial", "copula", 0),
     ("mixed", "copula", 2),
     ("sites", "copula vine", 2),
+    ("pair", "hvm planar, recursive", 0),
+    ("pair", "hvm full-rank, recursive", 2),
+    ("mixed", "structured backwards", 0),
+    ("sites", "structured hvm", 0),
 ]
 
 

@@ -25,7 +25,8 @@ from hivi._estimators.surrogate import estimate, terms_by_view, viewed_terms
 from hivi._families.amortised import Amortised
 from hivi._families.base import AbstractProposal
 from hivi._families.gamma import MeanFieldGamma
-from hivi._families.product import ProductProposal, RowsProposal, build_proposal
+from hivi._families.product import ProductProposal, build_proposal
+from hivi._families.rows import RowsProposal
 from hivi._fit import rows as records
 from hivi._fit.rowwise import row_bounds
 from hivi._fit.stream import Schedule, conditioned, with_rows

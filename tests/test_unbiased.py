@@ -252,6 +252,7 @@ DEFAULT: list[Case] = [
     *crossed("hvm full-rank", "pair", "enumeration", bounds="elbo | inner 2"),
     *crossed("mixture", "mixed", "enumeration", bounds="elbo"),
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
+    *crossed("hvm full-rank, recursive", "pair", "exact", bounds="elbo | inner 2"),
     *crossed("copula", "pair", "exact", bounds="elbo | outer 2, inner 2"),
     *crossed("copula vine, frank", "pair", "score", bounds="inner 2"),
     *crossed("copula vine", "categorical", "exact", bounds="elbo"),
@@ -262,7 +263,10 @@ DEFAULT: list[Case] = [
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
 FLOWS = " | ".join(f"hvm {k}" for k in ("planar", "coupling", "maf", "spline"))
 COPULAS = "copula | copula vine | copula vine, frank"
-OTHERS = "hvm planar, linearised | hvm full-rank, semi-implicit | hvm mixture, inverse | hvm hvm, linearised"
+OTHERS = (
+    "hvm planar, linearised | hvm full-rank, semi-implicit | hvm mixture, inverse | hvm hvm, linearised "
+    "| hvm planar, recursive"
+)
 SLOW: list[Case] = [
     case
     for case in [

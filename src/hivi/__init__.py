@@ -27,7 +27,9 @@ from hivi._families.hierarchical import Hierarchical
 from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.recursive import Recursive
 from hivi._families.standardised import Standardised
+from hivi._families.structured import Structured
 from hivi._fit.loop import fit
 from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
@@ -79,10 +81,12 @@ __all__ = [
     "Mixture",
     "MovingAverage",
     "Pathwise",
+    "Recursive",
     "Score",
     "SemiImplicit",
     "Standardised",
     "StickTheLanding",
+    "Structured",
     "Target",
     "TargetError",
     "compare",

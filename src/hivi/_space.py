@@ -146,8 +146,8 @@ class Site:
             raise ValueError(f"{self.name} has no subsampled plate")
         _, axis = self.local
         plates = tuple((n, a - (a > axis)) for n, a in self.plates if a != axis)
-        shape = (*self.shape[:axis], *self.shape[axis + 1 :])
-        return dataclasses.replace(self, shape=shape, plates=plates, local=None)
+        shape, seen = ((*x[:axis], *x[axis + 1 :]) for x in (self.shape, self.constrained_shape))
+        return dataclasses.replace(self, shape=shape, constrained_shape=seen, plates=plates, local=None)
 
     def constrain(self, value: Array) -> Array:
         """Map one value from engine coordinates to the model's own space."""

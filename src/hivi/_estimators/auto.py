@@ -15,6 +15,7 @@ from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_conditionals
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.expectation import Expectation
+from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.measured import Measured, Setting, measure_each
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
@@ -72,6 +73,8 @@ class Auto(AbstractEstimator):
         return [
             Choice(s.name, Expectation(), 1, "log p meets it through means that its family has in closed form")
             if s.name in closed
+            else Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
+            if s.name in proposal.upstream
             else self._choose(s, s.name in conditionals, palette.get(s.name, 1))
             if s.discrete
             else _continuous(s, proposal, bound)

@@ -131,6 +131,8 @@ class AbstractStrategy(eqx.Module):
     detached: eqx.AbstractClassVar[bool]
     closed: ClassVar[bool] = False
     landing: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+    """Whether its signal is the whole log-weight, as sites on which other draws depend must have it."""
 
     @property
     def remembers(self) -> bool:
@@ -245,6 +247,8 @@ class Fixed(AbstractEstimator):
         linear = bound.linear(proposal.branches)
 
         def reason_for(site: Site, strategy: AbstractStrategy) -> str | None:
+            if site.name in proposal.upstream and not strategy.whole:
+                return "other draws depend on this site, so that all terms are its signal"
             return strategy.refusal(site, conditionals.get(site.name)) or strategy.unsuited(site, proposal, linear)
 
         out = self.otherwise.resolve(target, proposal, bound)

@@ -1,4 +1,4 @@
-"""The score gradient of discrete variables of the family itself, above z (hierarchical sampling; Chaney 2015)."""
+"""The score gradient of discrete variables on which other draws depend: the family's own above z, or earlier sites."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class HierarchicalScore(AbstractStrategy):
     """
 
     detached: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "it has no q of its own"

@@ -101,7 +101,7 @@ class AbstractAuxiliary(eqx.Module):
         """Initial state, which starts at the linearised posterior where it can."""
 
 
-def _prior_terms(prior: AbstractProposal, lam: Array, context: PyTree, key: Key) -> dict[str, Array]:
+def prior_terms(prior: AbstractProposal, lam: Array, context: PyTree, key: Key) -> dict[str, Array]:
     """Terms of log q(lambda), renamed: a prior that is itself hierarchical has an auxiliary with terms of its own."""
     return {f"prior {name}": term for name, term in prior.log_q({LAM: lam}, context, key).items()}
 
@@ -149,7 +149,7 @@ class InverseFlow(AbstractAuxiliary):
     layers: int = 8
     kind: str = "planar"
 
-    def build(self, link: Link, prior: AbstractProposal, key: Key) -> AbstractAuxiliaryState:
+    def build(self, link: Link, prior: AbstractProposal, key: Key) -> RegressionState:
         kind = "planar" if link.dim == 1 and self.kind != "spline" else self.kind
         bijection = near_identity(kind, link.dim, self.layers, key) if self.layers > 0 else None
         shift, stretch = {}, {}
@@ -168,7 +168,8 @@ class RegressionState(AbstractAuxiliaryState):
     shift: dict[str, Array]
     stretch: dict[str, Array]
 
-    def _regression(self, z: Latents, prior: AbstractProposal) -> tuple[Whitened, dict[str, Array], dict[str, Array]]:
+    def regression(self, z: Latents, prior: AbstractProposal) -> tuple[Whitened, dict[str, Array], dict[str, Array]]:
+        """The linearised posterior, and the mean and log scale of eta = L'lambda_0 with their residuals."""
         white = linearise(self.link, *prior.affine(), z)
         mean, log_scale = {}, {}
         for s in self.link.sites:
@@ -183,9 +184,9 @@ class RegressionState(AbstractAuxiliaryState):
     def excess(self, z: Latents, lam: Array, context: PyTree, prior: AbstractProposal, key: Key) -> dict[str, Array]:
         point = prior.coordinates({LAM: lam}, context)
         base, log_det = (point.base, jnp.zeros(())) if self.bijection is None else forward(self.bijection, point.base)
-        white, mean, log_scale = self._regression(z, prior)
+        white, mean, log_scale = self.regression(z, prior)
         parts = self.link.split(base)
-        terms = _prior_terms(prior, lam, context, key)
+        terms = prior_terms(prior, lam, context, key)
         terms["r(log det)"] = -(log_det + point.log_det + white.log_det)
         for s in self.link.sites:
             eta = jnp.sum(white.root[s.name] * parts[s.name][..., :, None], -2) - mean[s.name]
@@ -195,14 +196,14 @@ class RegressionState(AbstractAuxiliaryState):
 
     def draw(self, z: Latents, prior: AbstractProposal, key: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(key)
-        white, mean, log_scale = self._regression(z, prior)
+        white, mean, log_scale = self.regression(z, prior)
         noise = self.link.split(jax.random.normal(k1, (self.link.dim,)))
         log_r, parts = white.log_det, {}
         for s in self.link.sites:
             eta = noise[s.name]
             log_r = log_r + jnp.sum(Normal(0.0, 1.0).log_prob(eta) - log_scale[s.name])
             right = mean[s.name] + jnp.exp(log_scale[s.name]) * eta
-            parts[s.name] = _solve_transposed(white.root[s.name], right)
+            parts[s.name] = solve_transposed(white.root[s.name], right)
         base = self.link.join(parts)
         if self.bijection is not None:
             base, log_det = backward(self.bijection, base)
@@ -211,7 +212,7 @@ class RegressionState(AbstractAuxiliaryState):
         return value[LAM], log_q - (log_r - log_det)
 
 
-def _solve_transposed(root: Array, right: Array) -> Array:
+def solve_transposed(root: Array, right: Array) -> Array:
     """Solve L' x = b blockwise."""
     if root.shape[-1] == 1:
         return right / root[..., 0]
@@ -264,7 +265,7 @@ class LinearisedState(AbstractAuxiliaryState):
         point = prior.coordinates({LAM: lam}, context)
         log_r = jnp.sum(Normal(0.0, 1.0).log_prob(root.T @ point.base - centre))
         log_r = log_r + jnp.sum(jnp.log(jnp.diagonal(root))) + point.log_det
-        return {**_prior_terms(prior, lam, context, key), "r(lam|z)": -log_r}
+        return {**prior_terms(prior, lam, context, key), "r(lam|z)": -log_r}
 
     def draw(self, z: Latents, prior: AbstractProposal, key: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(key)
@@ -338,7 +339,7 @@ class ComponentState(AbstractAuxiliaryState):
         return logsumexp(jax.nn.log_softmax(evidence) + log_n)
 
     def excess(self, z: Latents, lam: Array, context: PyTree, prior: AbstractProposal, key: Key) -> dict[str, Array]:
-        return {**_prior_terms(prior, lam, context, key), "r(lam|z)": -self._log_r(lam, z, prior)}
+        return {**prior_terms(prior, lam, context, key), "r(lam|z)": -self._log_r(lam, z, prior)}
 
     def draw(self, z: Latents, prior: AbstractProposal, key: Key) -> tuple[Array, Array]:
         k1, k2, k3 = jax.random.split(key, 3)
@@ -348,7 +349,7 @@ class ComponentState(AbstractAuxiliaryState):
         log_weight, location, scale = (x[chosen] for x in comps)
         white, _ = self._evidence(z, log_weight, location, scale)
         noise = self.link.split(jax.random.normal(k2, (self.link.dim,)))
-        parts = {n: _solve_transposed(white.root[n], white.centre[n] + noise[n]) for n in noise}
+        parts = {n: solve_transposed(white.root[n], white.centre[n] + noise[n]) for n in noise}
         lam = location + scale * self.link.join(parts)
         return lam, prior.log_density({LAM: lam}, k3) - self._log_r(lam, z, prior)
 

@@ -11,18 +11,23 @@ not a density. Every bound then follows from `log_p - log_q` by Jensen's inequal
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from numpyro.distributions import Normal
 
 from hivi._errors import FamilyError, message
 from hivi._families.checks import require_real as require_real
 from hivi._families.checks import with_concentration as with_concentration
+from hivi._layout import Components as Components
+from hivi._layout import Coordinates as Coordinates
+from hivi._layout import Layout as Layout
+from hivi._layout import gaussian_terms as gaussian_terms
+from hivi._layout import size_of as size_of
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
@@ -97,6 +102,44 @@ class AbstractProposal(eqx.Module):
 
     def gather(self, rows: dict[str, Array]) -> AbstractProposal:
         """The proposal for one minibatch: `rows` holds the row numbers of every subsampled plate."""
+        return self
+
+    @property
+    def upstream(self) -> frozenset[str]:
+        """Discrete sites on whose values other draws of this proposal depend: every term is downstream of them."""
+        return frozenset()
+
+    @property
+    def inferred(self) -> frozenset[str]:
+        """Plates whose rows have their parameters from an inference network."""
+        return frozenset()
+
+    def unseen(self, features: Mapping[str, Array], sites: tuple[Site, ...]) -> AbstractProposal:
+        """The proposal for other rows: plate -> their features; the sites have their number of rows.
+
+        Raises:
+            FamilyError: a site that has parameters for each row that was fitted.
+        """
+        new = {s.name: s for s in sites}
+        for s in self.sites:
+            if s.shape != new[s.name].shape or any(name in features for name, _ in s.plates):
+                raise FamilyError(
+                    message(
+                        f"site {s.name!r} at other rows",
+                        f"{type(self).__name__}, which has parameters for each row that was fitted",
+                        "an inference network, which gives parameters to any rows",
+                        f"fit with family={{{s.name!r}: hivi.Amortised(..., data=x), ...}}",
+                    )
+                )
+        return self
+
+    def resized(self, sites: tuple[Site, ...]) -> AbstractProposal:
+        """The same, of rows that are filled in later, for as many of them as these sites have."""
+        changed: dict[str, Any] = {"sites": sites}
+        return dataclasses.replace(self, **changed)
+
+    def bare(self) -> AbstractProposal:
+        """The proposal without data of its rows, as it is saved."""
         return self
 
     @property
@@ -209,6 +252,11 @@ class AbstractProposal(eqx.Module):
         """Number of stratified components."""
         return 1
 
+    @property
+    def equal_branches(self) -> bool:
+        """Whether all branches have the same probability, whatever the parameters."""
+        return self.branches == 1
+
     def log_weights(self) -> Float[Array, " branches"]:
         """Log-probabilities of the branches."""
         return jnp.zeros(1)
@@ -294,26 +342,6 @@ class Directions(NamedTuple):
         return Directions({n: jnp.tensordot(own, v, 1) for n, v in self.vectors.items()}, own @ self.spread)
 
 
-class Components(NamedTuple):
-    """A mixture of axis-aligned Gaussians over a flat vector."""
-
-    log_weights: Float[Array, " components"]
-    location: Float[Array, "components dim"]
-    scale: Float[Array, "components dim"]
-
-
-class Coordinates(NamedTuple):
-    """A point in a proposal's reference coordinates, with log |d base / d value|."""
-
-    base: Float[Array, " dim"]
-    log_det: Float[Array, ""]
-
-
-def gaussian_terms(point: Coordinates) -> dict[str, Array]:
-    """Terms of log q of a point whose base is standard normal."""
-    return {"q(base)": Normal(0.0, 1.0).log_prob(point.base), "q(log det)": point.log_det}
-
-
 class AbstractFamily(eqx.Module):
     """Configuration of a family; `build` makes its parameters for given sites."""
 
@@ -337,38 +365,10 @@ class AbstractFamily(eqx.Module):
         """The family of a row: itself, unless it is amortised."""
         return self
 
+    def localised(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """For an inference network: the sites as rows of its plate, which need not be subsampled."""
+        return sites
+
     def native_plates(self) -> bool:
         """Whether `build` accepts sites of a subsampled plate; otherwise it is built row by row."""
         return False
-
-
-class Layout(NamedTuple):
-    """How the values of several real sites lie in one flat vector."""
-
-    sites: tuple[Site, ...]
-
-    @property
-    def dim(self) -> int:
-        """Length of the flat vector."""
-        return sum(size_of(s.batch_shape) for s in self.sites)
-
-    def flatten(self, z: Latents) -> Float[Array, " dim"]:
-        """Concatenate the sites' values."""
-        return jnp.concatenate([jnp.ravel(z[s.name]) for s in self.sites])
-
-    def unflatten(self, flat: Float[Array, " dim"]) -> Latents:
-        """Split a flat vector into the sites' values."""
-        out, start = {}, 0
-        for s in self.sites:
-            stop = start + size_of(s.batch_shape)
-            out[s.name] = flat[start:stop].reshape(s.batch_shape)
-            start = stop
-        return out
-
-
-def size_of(shape: Sequence[int]) -> int:
-    """Number of elements."""
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -214,6 +214,10 @@ class HierarchicalProposal(AbstractProposal):
     def branches(self) -> int:
         return self.prior.branches
 
+    @property
+    def equal_branches(self) -> bool:
+        return self.prior.equal_branches
+
     def log_weights(self) -> Float[Array, " branches"]:
         return self.prior.log_weights()
 

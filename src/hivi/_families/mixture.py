@@ -22,6 +22,7 @@ class Mixture(AbstractFamily):
     Args:
         components: number of components, at least 1; the cost of a step grows with it.
         spread: how far apart the components start, in units of the parameters lambda.
+        equal: hold all weights at 1/components, as rows of a subsampled plate need: they are then stratified row by row.
 
     Example:
         >>> import hivi
@@ -31,6 +32,7 @@ class Mixture(AbstractFamily):
 
     components: int = 2
     spread: float = 1.0
+    equal: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         if self.components < 1:
@@ -43,7 +45,7 @@ class Mixture(AbstractFamily):
             free = 1 if isinstance(kind, NormalLikelihood) else kind.width
             noise = self.spread * jax.random.normal(keys[0], (*start.shape[:-1], free))
             lam[s.name] = start.at[..., :free].add(noise)
-        return MixtureProposal(sites, lam, jnp.zeros(self.components))
+        return MixtureProposal(sites, lam, jnp.zeros(self.components), self.equal)
 
 
 class MixtureProposal(AbstractProposal):
@@ -52,13 +54,18 @@ class MixtureProposal(AbstractProposal):
     sites: tuple[Site, ...] = eqx.field(static=True)
     lam: dict[str, Array]
     logits: Float[Array, " components"]
+    equal: bool = eqx.field(static=True, default=False)
 
     @property
     def branches(self) -> int:
-        return self.logits.shape[0]
+        return self.logits.shape[-1]  # over rows, they have a leading axis
+
+    @property
+    def equal_branches(self) -> bool:
+        return self.equal
 
     def log_weights(self) -> Float[Array, " branches"]:
-        return jax.nn.log_softmax(self.logits)
+        return jnp.full(self.branches, -jnp.log(self.branches)) if self.equal else jax.nn.log_softmax(self.logits)
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         lam = {name: value[branch] for name, value in self.lam.items()}
@@ -79,8 +86,8 @@ class MixtureProposal(AbstractProposal):
         per_component = jnp.zeros(self.branches)
         for s in self.sites:
             kind = likelihood(s)
-            terms = jax.vmap(lambda lam, s=s, kind=kind: kind.log_prob(lam, z[s.name]))(self.lam[s.name])
-            per_component = per_component + jnp.sum(terms.reshape(self.branches, -1), -1)
+            own = jax.vmap(lambda lam, s=s, kind=kind: kind.total(lam, z[s.name]))(self.lam[s.name])
+            per_component = per_component + own
         return logsumexp(per_component + self.log_weights())
 
     def conditionals(self, context: PyTree) -> dict[str, Conditional]:
@@ -111,4 +118,4 @@ class MixtureProposal(AbstractProposal):
             stop = start + size_of(s.shape)
             lam[s.name] = flat[:, start:stop].reshape(self.branches, *s.shape, 2)
             start = stop
-        return MixtureProposal(self.sites, lam, self.logits)
+        return MixtureProposal(self.sites, lam, self.logits, self.equal)

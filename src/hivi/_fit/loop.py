@@ -245,7 +245,7 @@ def _continue(start: Fit, target: Target, family: Any) -> AbstractProposal:
                 "use the same model",
             )
         )
-    fresh = eqx.filter_eval_shape(build_proposal, family, target.sites, jax.random.key(0))
+    fresh = eqx.filter_eval_shape(lambda key: build_proposal(family, target.sites, key), jax.random.key(0))
     found: Any = jax.tree.structure(eqx.filter_eval_shape(lambda: start.proposal))
     if jax.tree.structure(fresh) != found:
         raise FitError(

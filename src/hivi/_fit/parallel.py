@@ -109,7 +109,10 @@ def _parameter_axes(proposal: AbstractProposal, target: Target, sizes: Mapping[s
     for name in every.keys() & sizes.keys():
         longer = every | {name: jax.ShapeDtypeStruct((sizes[name] + 1,), jnp.int32)}
         taken = eqx.filter_eval_shape(proposal.gather, longer)
-        for x, y in zip(jax.tree.leaves(arrays), jax.tree.leaves(eqx.filter(taken, _shaped)), strict=True):
+        before, after = jax.tree.leaves(arrays), jax.tree.leaves(eqx.filter(taken, _shaped))
+        if len(before) != len(after):
+            continue  # an inference network: what it gives to a row is nobody's parameter
+        for x, y in zip(before, after, strict=True):
             yield from ((x, axis, name) for axis, (m, n) in enumerate(zip(x.shape, y.shape, strict=True)) if m != n)
 
 

@@ -21,6 +21,7 @@ from hivi._families.base import AbstractProposal
 from hivi._families.product import build_proposal
 from hivi._fit import store
 from hivi._fit.rowwise import streamed_bounds
+from hivi._fit.unseen import at_rows
 from hivi._space import Latents, Site, constrain
 from hivi._target.base import Target
 from hivi._tree import Key, compiled
@@ -143,6 +144,22 @@ class Fit:
         values = _log_density(self.proposal, self.sites, flat, key, samples)
         return values.reshape(batch)
 
+    def rows(self, features: Any, *, target: Target | None = None) -> Fit:
+        """The same fit at other rows, by its inference network: no further fitting.
+
+        Args:
+            features: of the new rows, computed as those of the fit: (rows, features), or a dict from plate to such arrays.
+            target: the model at the new rows, for bounds; draws and log q need none.
+
+        Returns:
+            A fit whose sites have the new rows; global sites keep their q.
+
+        Raises:
+            FitError: no `hivi.Amortised` in the family, features of another shape, or a target of other rows.
+            FamilyError: a site of the plate that has parameters of its own for each row.
+        """
+        return at_rows(self, features, target)
+
     def save(self, folder: str | Path) -> Path:
         """Save parameters, structure and history; neither the model nor the data.
 
@@ -160,7 +177,7 @@ class Fit:
             "message": self.message,
             "strategies": self.strategies,
         }
-        arrays = {f"q{name}": a for name, a in store.pack(self.proposal).items()}
+        arrays = {f"q{name}": a for name, a in store.pack(self.proposal.bare()).items()}
         arrays |= {f"history.{name}": np.asarray(a) for name, a in self.history.items()}
         store.write(path, "fit", arrays, meta)
         if self.target is not None and self.target.constrainer is not None:
@@ -171,12 +188,14 @@ class Fit:
         return path
 
 
-def load(folder: str | Path, *, target: Target | None = None) -> Fit:
+def load(folder: str | Path, *, target: Target | None = None, family: Any = None) -> Fit:
     """Load a saved run; no pickle, and no code is run.
 
     Args:
         folder: what `Fit.save` wrote.
         target: the target, to evaluate bounds and to go on fitting; sampling and log q need none.
+        family: the family of the run, where it has a network of your own: code is not saved. The features of an
+            `Amortised` family are data, and not saved either: ask the loaded fit as `fit.rows(x)`.
 
     Raises:
         LoadError: no run there, a damaged one, or a target with other sites.
@@ -201,8 +220,9 @@ def load(folder: str | Path, *, target: Target | None = None) -> Fit:
                 "pass the target of the saved run",
             )
         )
-    family = store.decode(meta["family"])
-    like = eqx.filter_eval_shape(build_proposal, family, sites, jax.random.key(0))
+    family = store.decode(meta["family"]) if family is None else family
+    # Closed over: as an argument, a dict of families would lose its order.
+    like = eqx.filter_eval_shape(lambda key: build_proposal(family, sites, key).bare(), jax.random.key(0))
     like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x, like)
     saved = {name[1:]: a for name, a in arrays.items() if name.startswith("q")}
     return Fit(

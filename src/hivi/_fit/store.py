@@ -35,7 +35,9 @@ from hivi._families.hierarchical import Hierarchical
 from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.recursive import Recursive
 from hivi._families.standardised import Standardised
+from hivi._families.structured import Structured
 from hivi._space import Plate, Site, Values
 from hivi._tree import PyTree, compiled
 
@@ -43,6 +45,7 @@ KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
         MeanField, MeanFieldGamma, Amortised, FullRank, LowRank, Copula, Flow, Mixture, Standardised, Hierarchical, Codes,
+        Structured, Recursive,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
 }  # fmt: skip
@@ -55,11 +58,15 @@ def encode(value: Any) -> Any:
         fields = {
             f.name: encode(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if f.name not in ("start", "along")
+            if f.name not in ("start", "along", "data")
         }
         return {"type": type(value).__name__, **fields}
+    if isinstance(value, eqx.Module):
+        return {"type": "network", "class": type(value).__name__}
     if isinstance(value, Mapping):
         return {"type": "dict", "items": [[k, encode(v)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"type": "tuple", "items": [encode(v) for v in value]}
     return value
 
 
@@ -74,6 +81,11 @@ def decode(value: Any) -> Any:
     kind = value.get("type")
     if kind == "dict":
         return {k: decode(v) for k, v in value["items"]}
+    if kind == "tuple":
+        return tuple(decode(v) for v in value["items"])
+    if kind == "network":
+        found, cure = f"a network of your own ({value['class']})", "pass hivi.load(folder, family=...) as it was fitted"
+        raise LoadError(message("saved run", found, "its code, which is not saved", cure))
     if kind not in KNOWN:
         raise LoadError(message("saved run", f"the type {kind!r}", f"one of {sorted(KNOWN)}", "update hivi"))
     return KNOWN[kind](**{k: decode(v) for k, v in value.items() if k != "type"})

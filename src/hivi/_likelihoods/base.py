@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._tree import Key
@@ -40,6 +41,10 @@ class AbstractLikelihood(eqx.Module):
     @abc.abstractmethod
     def log_prob(self, lam: Float[Array, "*shape width"], z: Array) -> Float[Array, "*shape"]:
         """Elementwise log q(z_i | lambda_i)."""
+
+    def total(self, lam: Float[Array, "*shape width"], z: Array) -> Float[Array, ""]:
+        """The sum of `log_prob`, where it can be written as a product of z and lambda: its differences are then cheap."""
+        return jnp.sum(self.log_prob(lam, z))
 
     @abc.abstractmethod
     def mean(self, lam: Float[Array, "*shape width"]) -> Float[Array, "*shape"]:

@@ -50,6 +50,12 @@ class FiniteLikelihood(AbstractLikelihood):
             return -jax.nn.softplus(jnp.where(z == self.low, 1.0, -1.0) * lam[..., 0])
         return jnp.take_along_axis(self.logits(lam), (z - self.low)[..., None], -1)[..., 0]
 
+    def total(self, lam: Array, z: Array) -> Array:
+        if self.width > 1:
+            return jnp.sum(self.log_prob(lam, z))
+        bits = (z - self.low).astype(lam.dtype)
+        return jnp.tensordot(bits, lam[..., 0], axes=z.ndim) - jnp.sum(jax.nn.softplus(lam))
+
     def mean(self, lam: Array) -> Array:
         values = self.low + jnp.arange(self.count, dtype=lam.dtype)
         return jnp.exp(self.logits(lam)) @ values
