@@ -12,7 +12,7 @@ import jax
 
 from hivi._bounds import Elbo, ImportanceWeighted
 from hivi._comparison import Comparison, Row, judged
-from hivi._curvature import curvature
+from hivi._curvature import Curvature, curvature
 from hivi._errors import FamilyError, FitError, HiviError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
@@ -21,6 +21,7 @@ from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
+from hivi._families.standardised import Standardised
 from hivi._fit.loop import DENSE_LIMIT, fit
 from hivi._fit.result import Estimate, Fit
 from hivi._marginal import KHat, marginal_khat
@@ -39,6 +40,7 @@ GROWING = (Hierarchical, Codes)
 NAMED: dict[str, AbstractFamily] = {
     "mean-field": MeanField(),
     "full-rank": FullRank(),
+    "standardised": Standardised(),
     "flow": Flow(),
     "mixture": Mixture(components=4),
     "hierarchical": Hierarchical(),
@@ -50,16 +52,16 @@ NAMED: dict[str, AbstractFamily] = {
 def default_families(target: Target) -> dict[str, AbstractFamily]:
     """The families that suit a target's supports, by name.
 
-    Mean-field always; for continuous sites alone full-rank and flow (up to 400 coordinates) and a mixture; with discrete
-    sites a mixture and two hierarchies, over a flow and over a full-rank Gaussian. No mixtures over the rows of a
-    subsampled plate. A streamed target gets mean-field and the hierarchy.
+    Mean-field always; for continuous sites alone full-rank, a flow in standardised coordinates and a plain one (up to 400
+    coordinates), and a mixture; with discrete sites a mixture and two hierarchies, over a flow and over a full-rank
+    Gaussian. No mixtures over the rows of a subsampled plate. A streamed target gets mean-field and the hierarchy.
 
     Example:
         >>> import hivi
         >>> from hivi.compare import default_families
         >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, {"x": hivi.Latent()})
         >>> list(default_families(target))
-        ['mean-field', 'full-rank', 'flow', 'mixture', 'hierarchical']
+        ['mean-field', 'full-rank', 'standardised', 'flow', 'mixture', 'hierarchical']
     """
     names = ["mean-field"]
     dense = sum(math.prod(s.shape) for s in target.sites) <= DENSE_LIMIT
@@ -68,7 +70,7 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
     elif any(s.discrete for s in target.sites):
         names += ["mixture", "hierarchical", "hierarchical-full-rank"]
     else:
-        names += [*(["full-rank", "flow"] if dense else []), "mixture", "hierarchical"]
+        names += [*(["full-rank", "standardised", "flow"] if dense else []), "mixture", "hierarchical"]
     rows = any(s.local is not None for s in target.sites)
     return {n: NAMED[n] for n in names if not (rows and n == "mixture")}
 
@@ -89,7 +91,8 @@ def compare(
 ) -> Comparison:
     """Fit several families to one target, and say of each how good it is and what it fails at.
 
-    Every family gets the same keys, so that a row does not depend on the others. The mean-field fit is made once:
+    Every family gets the same keys, so that a row does not depend on the others. `hivi.curvature` says at the mean-field
+    fit whether a hierarchy would help (column "mixing": the gain to expect of a small one, in nats). That fit is made once:
     hierarchical families without a start of their own grow from it. A family that fails keeps a row with its error.
 
     Args:
@@ -132,6 +135,7 @@ def compare(
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
     wanted = grow and any(_growing(f) for f in chosen.values())
     base = _try_fit(target, MeanField(), keys, settings) if mean_field is not None or wanted else None
+    curved = _curved(base, keys)
     rows: list[Row] = []
     fits: dict[str, Fit] = {}
     remarks: tuple[str, ...]
@@ -139,7 +143,7 @@ def compare(
         if name == mean_field and base is not None:
             attempt, remarks = base, ()
         else:
-            start, remarks = _start(family, base if grow else None, keys)
+            start, remarks = _start(family, base if grow else None, curved)
             attempt = _try_fit(target, family if start is None else _started(family, start), keys, settings)
             if start is not None and attempt.refused:  # what does not suit the start may still be fitted from scratch
                 attempt, remarks = _try_fit(target, family, keys, settings), ()
@@ -150,11 +154,14 @@ def compare(
                 row = _measured(row, attempt.fit, keys, draws)
             except Exception as error:  # the other families' results, and this fit, are worth more than the traceback
                 row = dataclasses.replace(row, error=f"could not be measured: {_text(error)}")
+        if name == mean_field and curved is not None:
+            row = dataclasses.replace(row, notes={"mixing": f"+{curved.gain_to_expect.mean:.2g}"})
         rows.append(row)
     reference = None
     if nuts and fits:
         rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)
-    return Comparison(judged(rows, reference, mean_field), fits, target.name, reference)
+    notes = {} if curved is None else {"Would a hierarchy help?": _verdict(curved)}
+    return Comparison(judged(rows, reference, mean_field), fits, target.name, reference, notes)
 
 
 class _Keys(NamedTuple):
@@ -196,15 +203,34 @@ def _growing(family: Family) -> bool:
     return type(family) in GROWING and getattr(family, "start", None) is None
 
 
-def _start(family: Family, base: _Attempt | None, keys: _Keys) -> tuple[Any, tuple[str, ...]]:
+def _curved(base: _Attempt | None, keys: _Keys) -> Curvature | None:
+    """The second-order test at the mean-field fit; None where there is none (streamed data, or too much to keep)."""
+    if base is None or base.fit is None:
+        return None
+    try:
+        return curvature(base.fit, key=keys.start)
+    except HiviError:
+        return None
+
+
+def _verdict(found: Curvature) -> str:
+    """The top eigenvalues, what they couple, and the gain to expect."""
+    lines = str(found).splitlines()
+    if found.rows is not None:
+        return " ".join(lines[-2:])
+    values = zip(found.eigenvalues, found.stderr, strict=True)
+    top = ", ".join(f"{value:+.2g} ± {error:.1g}" for value, error in values)
+    return f"{lines[-1]} Curvature of mean-field, top eigenvalues in nats: {top}. {found.warning}".strip()
+
+
+def _start(family: Family, base: _Attempt | None, curved: Curvature | None) -> tuple[Any, tuple[str, ...]]:
     """What a family grows from (None: nothing), and the remark on it."""
     if base is None or base.fit is None or not _growing(family):
         return None, ()
-    if type(getattr(family, "prior", None)) is FullRank:  # it takes directions; without them it sits on a saddle
-        try:
-            return curvature(base.fit, key=keys.start), ("grown from the mean-field fit along its curvature",)
-        except HiviError:
-            pass  # continuous sites, streamed data: no directions
+    if (
+        type(getattr(family, "prior", None)) is FullRank and curved is not None
+    ):  # without directions it sits on a saddle
+        return curved, ("grown from the mean-field fit along its curvature",)
     return base.fit, ("grown from the mean-field fit",)
 
 
