@@ -54,7 +54,7 @@ def stepper(family: Any, size: int) -> Callable[[], float]:
     proposal = build_proposal(family, target.sites, jax.random.key(0))
     strategies = tuple(hivi.Auto().resolve(target, proposal, hivi.Elbo()).items())
     plan = Plan(strategies, hivi.Elbo(), SAMPLES, default_optimizer(0.01), True, None)
-    state = initial_state(proposal, plan, jax.random.key(0), 1000)
+    state = initial_state(proposal, target, plan, jax.random.key(0), 1000)
     run = compiled(lambda s, t: step(s, t, plan))
     jax.block_until_ready(run(state, target)[1])
 
