@@ -22,7 +22,7 @@ from hivi._families.product import build_proposal
 from hivi._fit.step import Plan, default_optimizer, initial_state, step
 from hivi._tree import compiled
 
-SIZES = (32, 64, 128, 256, 512, 1024)
+SIZES = (32, 128, 256, 512, 1024)
 SAMPLES = 16
 STEPS = 10
 FAMILIES: dict[str, tuple[Any, str]] = {
@@ -54,7 +54,7 @@ def stepper(family: Any, size: int) -> Callable[[], float]:
     proposal = build_proposal(family, target.sites, jax.random.key(0))
     strategies = tuple(hivi.Auto().resolve(target, proposal, hivi.Elbo()).items())
     plan = Plan(strategies, hivi.Elbo(), SAMPLES, default_optimizer(0.01), True, None)
-    state = initial_state(proposal, plan, jax.random.key(0), 1000)
+    state = initial_state(proposal, target, plan, jax.random.key(0), 1000)
     run = compiled(lambda s, t: step(s, t, plan))
     jax.block_until_ready(run(state, target)[1])
 
