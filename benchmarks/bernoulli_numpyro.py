@@ -167,7 +167,7 @@ def run_hivi(seed: int) -> dict[str, Any]:
     proposal = build_proposal(family, target.sites, jax.random.key(seed))
     strategies = tuple(hivi.Auto().resolve(target, proposal, Elbo()).items())
     plan = Plan(strategies, Elbo(), SAMPLES, default_optimizer(RATE), True, None)
-    state = initial_state(proposal, plan, jax.random.key(seed + 100), STEPS)
+    state = initial_state(proposal, target, plan, jax.random.key(seed + 100), STEPS)
 
     def kl(s: Any) -> float:
         prior: Any = s.average.prior

@@ -39,7 +39,7 @@ def measure(size: int, seed: int) -> dict[str, float]:
     proposal = build_proposal(hivi.Hierarchical(prior=hivi.Flow(4)), target.sites, jax.random.key(seed))
     strategies = tuple(hivi.Auto().resolve(target, proposal, hivi.Elbo()).items())
     plan = Plan(strategies, hivi.Elbo(), SAMPLES, default_optimizer(0.01), True, None)
-    state = initial_state(proposal, plan, jax.random.key(seed), 1000)
+    state = initial_state(proposal, target, plan, jax.random.key(seed), 1000)
     run = eqx.filter_jit(lambda s, t: step(s, t, plan))
     began = time.perf_counter()
     jax.block_until_ready(run(state, target)[1])
