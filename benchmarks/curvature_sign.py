@@ -2,9 +2,9 @@
 
     HIVI_DATA=FOLDER python benchmarks/curvature_sign.py [TARGET ...] [--seeds N]
 
-For each target: a mean-field fit; `hivi.curvature` there; then two hierarchies that start at it, one over a full-rank Gaussian along
-the directions that were found, one over a flow. The gain is the better bound less mean-field's (12,000 steps at most each, 8,192 draws).
-They agree where both are above zero or neither: a gain counts above 0.02 nats and three standard errors. Adds to
+For each target: a mean-field fit; `hivi.curvature` there; then two hierarchies that start at it, one over a full-rank Gaussian
+along the directions that were found, one over a flow. The gain is the better bound less mean-field's (12,000 steps at most each,
+8,192 draws). They agree where both are above zero or neither: a gain counts above 0.02 nats and three standard errors. Adds to
 `results/curvature_sign.json` as it goes; without HIVI_DATA the posteriors are left out.
 """
 
@@ -92,7 +92,7 @@ def table() -> None:
         ["target", "seed", "top eigenvalue", "predicted gain", "gain reached", "agree", "direction", "mean-field"],
         rows,
         [
-            f"{count} of {len(known)} agree. Nats. The prediction is of a small mixture, not of the best hierarchy: its sign counts."
+            f"{count} of {len(known)} agree. Nats. Predicted: of a small mixture, not of the best hierarchy; its sign counts."
         ],
     )
 
