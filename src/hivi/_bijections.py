@@ -136,9 +136,9 @@ def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijecti
 
 @functools.lru_cache(maxsize=256)
 def _skeleton(kind: str, dim: int, layers: int, precision: str) -> AbstractBijection:
-    """All but the arrays, of which only the shapes are found."""
-    found = eqx.filter_eval_shape(lambda key: _build(kind, dim, layers, key), jax.random.key(0))
-    return eqx.partition(found, lambda x: isinstance(x, jax.ShapeDtypeStruct))[1]
+    """All but the arrays. Built outside of any trace: FlowJAX's layers hold arrays in closures."""
+    with jax.ensure_compile_time_eval():
+        return eqx.partition(_build(kind, dim, layers, jax.random.key(0)), eqx.is_array)[1]
 
 
 @compiled

@@ -152,7 +152,7 @@ class Comparison:
         Raises:
             FitError: no family could be fitted.
         """
-        done = [r for r in self.rows if r.bound is not None]
+        done = [r for r in self.rows if r.bound is not None and math.isfinite(r.bound.mean)]
         if not done:
             cure = "correct the model or the families; their errors are in `rows`"
             raise FitError(message("Comparison.best", "no family that could be fitted", "at least one", cure))
@@ -251,7 +251,7 @@ def judged(rows: Sequence[Row], reference: Reference | None, mean_field: str | N
         reference: what NUTS found.
         mean_field: name of the row of the mean-field family, whose bound none that contains it should miss.
     """
-    known = [e for r in rows for e in (r.tighter, r.bound) if e is not None]
+    known = [e for r in rows for e in (r.tighter, r.bound) if e is not None and math.isfinite(e.mean)]
     best = max(known, key=lambda e: e.mean, default=None)
     base = next((r.bound for r in rows if r.name == mean_field), None)
     out = []

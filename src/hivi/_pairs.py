@@ -19,6 +19,8 @@ FRANK_UNIT = 6.0
 FRANK_LEAST = 1e-2
 """The least |theta|: at 0, independence, the formulas are 0/0."""
 SMALLEST = 1e-37
+FRANK_MOST, GAUSSIAN_MOST = 60.0, 8.0
+"""The largest parameters that are used, rank correlations of 0.94 and 1 - 1e-7; with derivative 1 beyond."""
 
 
 class AbstractPair(eqx.Module):
@@ -37,12 +39,19 @@ class GaussianPair(AbstractPair):
     """Correlation tanh(parameter): h = (x - rho y) / sqrt(1 - rho^2)."""
 
     def onward(self, parameter: Array, x: Array, y: Array) -> tuple[Array, Array]:
+        parameter = _capped(parameter)
         slope = jnp.cosh(parameter)
         log_slope = jnp.logaddexp(parameter, -parameter) - jnp.log(2.0)
         return slope * x - jnp.sinh(parameter) * y, jnp.broadcast_to(log_slope, jnp.shape(x))
 
     def back(self, parameter: Array, h: Array, y: Array) -> Array:
+        parameter = _capped(parameter)
         return h / jnp.cosh(parameter) + jnp.tanh(parameter) * y
+
+
+def _capped(parameter: Array) -> Array:
+    inside = jnp.clip(jax.lax.stop_gradient(parameter), -GAUSSIAN_MOST, GAUSSIAN_MOST)
+    return inside + value_zero(parameter)
 
 
 class FrankPair(AbstractPair):
@@ -58,6 +67,7 @@ class FrankPair(AbstractPair):
         """A positive theta, and y mirrored where it was negative."""
         size = FRANK_UNIT * jnp.abs(parameter)
         theta = jnp.where(size < FRANK_LEAST, FRANK_LEAST + value_zero(size), size)
+        theta = jnp.where(theta > FRANK_MOST, FRANK_MOST + value_zero(theta), theta)
         return theta, jnp.where(parameter < 0, -y, y)
 
     def onward(self, parameter: Array, x: Array, y: Array) -> tuple[Array, Array]:

@@ -34,6 +34,9 @@ Family: TypeAlias = AbstractFamily | Mapping[str, AbstractFamily]
 TIGHTER = ImportanceWeighted(outer=64, inner=0)
 """The multi-sample bound of the table; its estimates are 256."""
 EVALUATIONS = 256
+OPTIONS = ("bound", "estimator", "learning_rate", "optimizer", "tolerance", "mesh")
+"""Arguments of `fit` that are the same for all families."""
+CURVATURE_DRAWS = 1024
 GROWING = (Hierarchical, Codes)
 """Families that can grow from a mean-field fit."""
 
@@ -130,6 +133,11 @@ def compare(
     chosen = _checked(default_families(target) if families is None else families)
     if draws < 100:
         raise FitError(message("compare(draws=...)", str(draws), "at least 100", "ask for more draws"))
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise FitError(
+            message(f"compare({unknown[0]}=...)", "an unknown option", f"one of {', '.join(OPTIONS)}", "correct it")
+        )
     keys = _Keys(*jax.random.split(key, 5))
     settings = {"steps": steps, "samples": samples, "progress": progress, **options}
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
@@ -208,7 +216,7 @@ def _curved(base: _Attempt | None, keys: _Keys) -> Curvature | None:
     if base is None or base.fit is None:
         return None
     try:
-        return curvature(base.fit, key=keys.start)
+        return curvature(base.fit, key=keys.start, samples=CURVATURE_DRAWS)
     except HiviError:
         return None
 

@@ -43,7 +43,9 @@ class DoubleControlVariates(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"
-        return None if site.discrete else "it is continuous"
+        if not site.discrete:
+            return "it is continuous"
+        return None if conditional.likelihood.averaged else "the mean of its q has no closed form"
 
     def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
         return (

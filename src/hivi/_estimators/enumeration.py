@@ -53,6 +53,8 @@ class Enumeration(AbstractStrategy):
             return "its coordinates are not independent given the family's context"
         if site.values.kind == "real":
             return "its support is not discrete"
+        if not site.values.count and not conditional.likelihood.averaged:
+            return "its counts have a q whose mean has no closed form, so no window of likely values"
         size = math.prod(site.batch_shape)
         each = site.values.count or 2  # of a count: at least two values of every coordinate
         if size * math.log(each) > math.log(self.values) + 1e-9:

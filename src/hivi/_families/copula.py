@@ -95,6 +95,13 @@ class Copula(AbstractFamily):
         wrong = [
             (self.kind not in KINDS, "kind", repr(self.kind), "'gaussian' or 'vine'", "choose one of them"),
             (self.pair not in PAIRS, "pair", repr(self.pair), "'gaussian' or 'frank'", "choose one of them"),
+            (
+                self.kind == "gaussian" and self.pair != "gaussian",
+                "pair",
+                repr(self.pair),
+                "a vine",
+                'use Copula("vine", ...)',
+            ),
             (self.levels < 1, "levels", repr(self.levels), "at least 1", "use MeanField() for no dependence"),
             (not self.scale > 0, "scale", repr(self.scale), "a positive number", "0.1 is usual"),
             (not 0.05 < self.spread < 1, "spread", repr(self.spread), "between 0.05 and 1", "0.7 is usual"),

@@ -14,6 +14,9 @@ from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, L
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
 
+SEARCH_LIMIT = 400
+"""Up to so many coordinates the best Gaussian is searched for."""
+
 
 class FullRank(AbstractFamily):
     """z = location + L epsilon, epsilon ~ N(0, I), L lower triangular: DSVI.
@@ -72,7 +75,12 @@ class FullRankProposal(AbstractProposal):
         return True
 
     def started(self, search: Callable[[], tuple[Array, Array]]) -> FullRankProposal:
+        if self.location.shape[0] > SEARCH_LIMIT:
+            return self
         location, root = search()
+        return self._at(location, root)
+
+    def _at(self, location: Array, root: Array) -> FullRankProposal:
         diagonal = jnp.diagonal(root)
         return FullRankProposal(self.sites, location, jnp.log(diagonal), jnp.tril(root / diagonal[:, None], -1))
 
@@ -104,4 +112,4 @@ class FullRankProposal(AbstractProposal):
     def stretch(self, extra: Array) -> FullRankProposal:
         old = self.factor()
         root = jnp.linalg.cholesky(old @ old.T + extra.T @ extra)
-        return self.started(lambda: (self.location, root))
+        return self._at(self.location, root)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
-from hivi._likelihood import likelihood
+from hivi._likelihoods.base import AbstractLikelihood
 from hivi._space import Latents, Plate, Site
 from hivi._tree import Key, PyTree
 
@@ -138,11 +138,18 @@ class RowsProposal(AbstractProposal):
         return jnp.sum(self._each(lambda p, v, k: p.log_density(v, k, samples), self._in(z), keys))
 
     def conditionals(self, context: PyTree) -> dict[str, Conditional]:
-        lam = self._each(lambda p, c: {n: v.lam for n, v in p.conditionals(c).items()}, context)
+        rules: dict[str, AbstractLikelihood] = {}  # the row's own, which need not be the site's usual one
+
+        def find(p: AbstractProposal, c: PyTree) -> dict[str, Array]:
+            found = p.conditionals(c)
+            rules.update({n: v.likelihood for n, v in found.items()})
+            return {n: v.lam for n, v in found.items()}
+
+        lam = self._each(find, context)
         out = {}
         for s in self.sites:
             if s.name in lam and s.local is not None:
-                out[s.name] = Conditional(likelihood(s), jnp.moveaxis(lam[s.name], 0, s.local[1]))
+                out[s.name] = Conditional(rules[s.name], jnp.moveaxis(lam[s.name], 0, s.local[1]))
         return out
 
     def gather(self, rows: dict[str, Array]) -> RowsProposal:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, require_real
 from hivi._families.flow import Flow
 from hivi._space import Latents, Site, Values
@@ -46,6 +47,12 @@ class Standardised(AbstractFamily):
         dim = Layout(sites).dim
         family = Flow(layers=3, kind="maf" if dim > 1 else "spline") if self.family is None else self.family
         inner = family.build((Site(BASE, (dim,), Values("real"), (dim,)),), key)
+        try:
+            inner.recentre(jnp.zeros(dim), jnp.ones(dim))
+        except FamilyError as error:
+            cure = "use Flow(), FullRank(), Mixture(), Copula() or LowRank()"
+            found = f"{type(family).__name__}, which has no location and scale"
+            raise FamilyError(message("Standardised(family=...)", found, "a continuous family", cure)) from error
         return StandardisedProposal(sites, inner, jnp.zeros(dim), jnp.eye(dim))
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hivi._errors import TargetError, message
 from hivi._families.base import Layout
 from hivi._space import Site
 from hivi._target.base import Target
@@ -35,8 +36,12 @@ NARROW = 0.1
 CHANGE = 10.0
 """Most by which a variance changes in one step, either way."""
 HALVINGS = 12
+WIDEST = 1e7
+"""A standard deviation beyond this, in unconstrained space, is no posterior's."""
 TOLERANCE = 1e-4
 """Nats: the search ends when a step gains less."""
+BATCH = 128
+"""Draws evaluated at once."""
 LEAST = 128
 """Fewest base draws; there are at least four times as many as coordinates."""
 
@@ -56,12 +61,31 @@ class Gaussian(NamedTuple):
 
 
 def best_gaussian(target: Target, sites: tuple[Site, ...], key: Key) -> tuple[Array, Array]:
-    """Mean and Cholesky factor of `gaussian_start`; the standard normal's, narrowed, where log p was finite nowhere."""
+    """Mean and Cholesky factor of `gaussian_start`; the standard normal's, narrowed, where log p was finite nowhere.
+
+    Raises:
+        TargetError: the Gaussian widens without end along some direction: log p is improper there.
+    """
     found = gaussian_start(target, sites, key)
     if bool(jnp.isfinite(found.bound)):
+        _refuse_improper(sites, found)
         return found.location, found.factor
     dim = Layout(sites).dim
     return jnp.zeros(dim), NARROW * jnp.eye(dim)
+
+
+def _refuse_improper(sites: tuple[Site, ...], found: Gaussian) -> None:
+    spread = Layout(sites).unflatten(jnp.sqrt(jnp.sum(found.factor**2, 1)))
+    widest = max(spread, key=lambda n: float(jnp.max(spread[n])))
+    if not float(jnp.max(spread[widest])) < WIDEST:
+        raise TargetError(
+            message(
+                f"site {widest!r}",
+                f"no end of its posterior: a Gaussian still gains by widening at a standard deviation of {WIDEST:g}",
+                "a proper posterior (in unconstrained space)",
+                "give the site a proper prior or a constraint, or rescale it; a sum of two sites alone identifies neither",
+            )
+        )
 
 
 class _Search(NamedTuple):
@@ -110,7 +134,8 @@ def _evaluate(
     """The bound over the base draws, and the gradient of log p at each."""
     layout = Layout(sites)
     points = location + base @ root.T
-    values, gradients = jax.vmap(jax.value_and_grad(lambda flat: target.log_joint(layout.unflatten(flat))))(points)
+    both = jax.value_and_grad(lambda flat: target.log_joint(layout.unflatten(flat)))
+    values, gradients = jax.lax.map(both, points, batch_size=BATCH)
     entropy = jnp.linalg.slogdet(root)[1] + 0.5 * points.shape[1] * (1 + jnp.log(2 * jnp.pi))
     bound = jnp.mean(values) + entropy
     return jnp.where(jnp.all(jnp.isfinite(gradients)), bound, jnp.nan), gradients

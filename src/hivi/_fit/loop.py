@@ -101,7 +101,7 @@ def fit(
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
         return fit_streamed(
             target, family, key=key, steps=steps, samples=samples, bound=Elbo() if bound is None else bound,
-            estimator=_resolve(estimator), learning_rate=learning_rate or 0.01, progress=progress,
+            estimator=_resolve(estimator), learning_rate=0.01 if learning_rate is None else learning_rate, progress=progress,
         )  # fmt: skip
     chosen_for_them = family is None and start is None
     if family is None:

@@ -23,6 +23,12 @@ def at_rows(fit: Any, features: Any, target: Target | None) -> Any:
     if target is not None:
         _check(sites, target)
         sites = target.sites
+    elif any(s.support is None for s in sites):
+        names = [s.name for s in sites if s.support is None]
+        cure = "pass target=hivi.from_numpyro(model, ...) with the new rows' data"
+        raise FitError(
+            message(f"Fit.rows at site {names[0]!r}", "a support that depends on other values", "the model", cure)
+        )
     return dataclasses.replace(
         fit,
         proposal=fit.proposal.unseen(given, sites),

@@ -8,6 +8,7 @@ auxiliary needs (both diagonal over coordinates, in `width x width` blocks).
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ class AbstractLikelihood(eqx.Module):
     """q(z_i | lambda_i) of one site, independent over its coordinates given lambda."""
 
     reparameterised: eqx.AbstractClassVar[bool]
+    averaged: ClassVar[bool] = True
+    """Whether `mean` has a closed form."""
 
     @property
     @abc.abstractmethod

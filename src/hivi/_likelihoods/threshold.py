@@ -9,7 +9,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import betainc, gammaln, log_ndtr, ndtr
+from jax.scipy.special import betainc, log_ndtr, ndtr
 from jaxtyping import Array
 from numpyro.distributions import Normal
 
@@ -135,7 +135,8 @@ class CountMarginal(AbstractMarginal):
 def _score(n: Array, rate: Array) -> Array:
     """Wilson and Hilferty's score; below rate/27, where it would fall again (beyond -7), it stays."""
     n = jnp.maximum(n, rate / 27)
-    return 3 * jnp.sqrt(n) - 1 / (3 * jnp.sqrt(n)) - 3 * jnp.sqrt(n) * jnp.cbrt(rate / n)
+    # 1 - cbrt(rate / n), without the cancellation at large rates.
+    return -3 * jnp.sqrt(n) * jnp.expm1(jnp.log1p((rate - n) / n) / 3) - 1 / (3 * jnp.sqrt(n))
 
 
 class BinomialMarginal(AbstractMarginal):
@@ -152,13 +153,16 @@ class BinomialMarginal(AbstractMarginal):
         return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
 
     def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
-        n, count, logit = float(self.count - 1), (z - self.low).astype(theta.dtype), theta[..., 0]
-        choose = gammaln(n + 1) - gammaln(count + 1) - gammaln(n - count + 1)
-        mass = jnp.exp(choose + count * logit - n * jax.nn.softplus(logit))
-        least, most = jnp.maximum(count, 1.0), jnp.minimum(count, n - 1)
-        below = jnp.where(count == 0, 0.0, betainc(n - least + 1, least, jax.nn.sigmoid(-logit)))
-        above = jnp.where(count == n, 0.0, betainc(most + 1, n - most, jax.nn.sigmoid(logit)))
-        return _stretched(below, mass, above, theta[..., 1])
+        n, count, stretch = float(self.count - 1), (z - self.low).astype(theta.dtype), _stretch(theta[..., 1])
+        lower, upper = (stretch * self._cut(theta[..., 0], count - k) for k in (1, 0))
+        return jnp.where(count == 0, -EDGE, lower), jnp.where(count == n, EDGE, upper)
+
+    def _cut(self, logit: Array, count: Array) -> Array:
+        """Phi^-1 of F(count), from both tails, so that neither cancels; one formula, so that intervals meet."""
+        n = float(self.count - 1)
+        k = jnp.clip(count, 0.0, n - 1)
+        below, above = betainc(n - k, k + 1, jax.nn.sigmoid(-logit)), betainc(k + 1, n - k, jax.nn.sigmoid(logit))
+        return from_logit(jnp.log(jnp.maximum(below, TINY)) - jnp.log(jnp.maximum(above, TINY)))
 
     def ceiling(self, theta: Array) -> Array:
         return jnp.full(theta.shape[:-1], self.low + self.count - 1)
@@ -166,14 +170,6 @@ class BinomialMarginal(AbstractMarginal):
 
 def _stretch(free: Array) -> Array:
     return jnp.exp(MAX_STRETCH * jnp.tanh(free / MAX_STRETCH))
-
-
-def _stretched(below: Array, mass: Array, above: Array, free: Array) -> tuple[Array, Array]:
-    """Thresholds from P(<z), P(z) and P(>z): sums only, so that neither tail cancels."""
-    stretch = _stretch(free)
-    lower = from_logit(jnp.log(jnp.maximum(below, TINY)) - jnp.log(jnp.maximum(above + mass, TINY)))
-    upper = from_logit(jnp.log(jnp.maximum(below + mass, TINY)) - jnp.log(jnp.maximum(above, TINY)))
-    return jnp.where(below == 0, -EDGE, stretch * lower), jnp.where(above == 0, EDGE, stretch * upper)
 
 
 class ThresholdLikelihood(AbstractLikelihood):
@@ -185,6 +181,7 @@ class ThresholdLikelihood(AbstractLikelihood):
 
     marginal: AbstractMarginal = eqx.field(static=True)
     reparameterised: ClassVar[bool] = False
+    averaged: ClassVar[bool] = False
 
     @property
     def width(self) -> int:
@@ -218,6 +215,9 @@ class ThresholdLikelihood(AbstractLikelihood):
 
     def mean(self, lam: Array) -> Array:
         raise NotImplementedError("no closed form")
+
+    def support(self) -> tuple[int, int]:
+        return self.marginal.low, getattr(self.marginal, "count", 0)
 
     def moves(self, z: Array) -> Array:
         top = getattr(self.marginal, "count", 0)

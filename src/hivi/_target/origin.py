@@ -59,7 +59,7 @@ class NumPyroOrigin(AbstractOrigin):
         trace = self._trace(data, first)
         deterministic = [n for n, site in trace.items() if site["type"] == "deterministic" and jnp.size(site["value"])]
         wanted = [*_observations(trace), *deterministic]
-        predictive = Predictive(free, draws, return_sites=wanted, exclude_deterministic=False)
+        predictive = Predictive(free, draws, return_sites=wanted, condition_deterministic=True)
         return {n: x for n, x in predictive(key, *args, **kwargs).items() if n in wanted}
 
     def _arguments(self, data: PyTree) -> tuple[Any, Any]:
