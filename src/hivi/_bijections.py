@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from paramax import Parameterize, unwrap
 
 from hivi._errors import FamilyError, message
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 Kind: TypeAlias = Literal["planar", "coupling", "maf", "spline"]
 KINDS: tuple[str, ...] = ("planar", "coupling", "maf", "spline")
@@ -130,21 +130,13 @@ def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijecti
             message(f"Flow(kind={kind!r})", "a single coordinate", "two or more", "use kind='planar' or 'spline'")
         )
     # Static parts (closures inside FlowJAX) come from one cached build: equal configurations share compilations.
-    static = _skeleton(kind, dim, layers, str(jnp.result_type(float)))
-    return eqx.combine(_arrays(kind, dim, layers, key), static)
+    static = eqx.partition(_skeleton(kind, dim, layers, str(jnp.result_type(float))), eqx.is_array)[1]
+    return eqx.combine(eqx.filter(_build(kind, dim, layers, key), eqx.is_array), static)
 
 
 @functools.lru_cache(maxsize=256)
 def _skeleton(kind: str, dim: int, layers: int, precision: str) -> AbstractBijection:
-    """All but the arrays. Built outside of any trace: FlowJAX's layers hold arrays in closures."""
-    with jax.ensure_compile_time_eval():
-        return eqx.partition(_build(kind, dim, layers, jax.random.key(0)), eqx.is_array)[1]
-
-
-@compiled
-def _arrays(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
-    """The initial parameters, in one compiled program instead of a few dozen small ones."""
-    return eqx.filter(_build(kind, dim, layers, key), eqx.is_array)
+    return _build(kind, dim, layers, jax.random.key(0))
 
 
 def _build(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
