@@ -140,7 +140,7 @@ def test_hivi_chooses_and_says_which(folder: Path) -> None:
     words = ("--steps", 20, "--draws", 10, "--out", folder / "chosen")
     result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", *words)
     assert result.exit_code == 3, result.output
-    assert "family: FullRank() (chosen by hivi" in result.stdout
+    assert "family: Standardised() (chosen by hivi" in result.stdout
 
 
 def test_a_fit_without_terminal_prints_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

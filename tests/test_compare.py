@@ -233,7 +233,14 @@ def test_plots(discrete: hivi.Comparison, tmp_path: Path) -> None:
 
 def test_defaults_suit_the_supports() -> None:
     assert list(default_families(table())) == ["mean-field", "mixture", "hierarchical", "hierarchical-full-rank"]
-    assert list(default_families(gaussian())) == ["mean-field", "full-rank", "flow", "mixture", "hierarchical"]
+    assert list(default_families(gaussian())) == [
+        "mean-field",
+        "full-rank",
+        "standardised",
+        "flow",
+        "mixture",
+        "hierarchical",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ THETA = {
 def test_marginals_are_exact(name, scale, x64):
     """q(z|m) over m ~ N(0, 1), by quadrature, is F(z) - F(z-1), and the conditionals add up to 1."""
     marginal, theta, count = THETA[name]
-    z = marginal.low + jnp.arange(count)
+    theta, z = theta.astype(jnp.float64), marginal.low + jnp.arange(count)
     every = jnp.broadcast_to(theta, (count, *theta.shape))
     below, above = marginal.thresholds(every, z)
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)
@@ -205,6 +205,7 @@ def test_fit_of_the_papers_table():
     assert np.abs(draws.mean(0) - 0.5).max() < 0.02
 
 
+@pytest.mark.slow
 def test_fit_bends_marginals():
     """Two correlated Gammas, in logarithms: the splines take the skewness that FullRank leaves."""
     target = TARGETS["constrained"]()
@@ -216,7 +217,10 @@ def test_fit_bends_marginals():
     assert bounds["Copula"].mean > bounds["FullRank"].mean + 2 * bounds["FullRank"].stderr
 
 
-@pytest.mark.parametrize(("target", "family"), [("sites", hivi.Copula("vine")), ("constrained", hivi.Copula())])
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [pytest.param("sites", hivi.Copula("vine"), marks=pytest.mark.slow), ("constrained", hivi.Copula())],
+)
 def test_saved_copula_is_the_same(target, family, tmp_path):
     model = TARGETS[target]()
     fit = hivi.fit(model, family, key=KEY, steps=20, progress=False)

@@ -139,7 +139,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
         hivi.MeanField(),
         hivi.Mixture(3),
         hivi.Hierarchical(prior=hivi.Flow(2, "coupling")),
-        hivi.Hierarchical(prior=hivi.Mixture(2)),
+        pytest.param(hivi.Hierarchical(prior=hivi.Mixture(2)), marks=pytest.mark.slow),
         {"z": hivi.Hierarchical(prior=hivi.Hierarchical(prior=hivi.Flow(1)))},
     ],
     ids=lambda f: str(f)[:40],

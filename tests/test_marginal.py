@@ -56,6 +56,7 @@ def test_khat_does_not_blame_q_for_r() -> None:
     assert "draws of lambda" in str(found)
 
 
+@pytest.mark.slow
 def test_ladder_shows_the_gap() -> None:
     fit = hivi.fit(table(), hivi.MeanField(), key=KEY, steps=2000, progress=False)
     ladder = bound_ladder(fit, key=KEY, samples=8192)

@@ -15,10 +15,11 @@ from hivi._errors import FamilyError
 from hivi._families.auxiliary import Link
 from hivi._families.product import build_proposal
 
+DEEP = ("hvm hvm hvm", "hvm planar, recursive", "hvm mixture")
 NAMES = ["hvm hvm", "hvm hvm hvm", "codes", "hvm planar, recursive", "hvm mixture"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in DEEP else []) for n in NAMES])
 def test_fitted_saved_and_loaded(name, tmp_path):
     target = TARGETS["pair"]()
     fit = hivi.fit(target, FAMILIES[name].family, key=jax.random.key(0), steps=20, samples=2, progress=False)

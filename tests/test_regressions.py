@@ -160,6 +160,7 @@ def mixture(x: jax.Array) -> None:
         numpyro.sample("x", dist.Normal(shift + 2.0 * member, 1.0), obs=x)
 
 
+@pytest.mark.slow
 def test_minibatches_with_local_discrete_sites_keep_the_bound() -> None:
     """Parameters fitted on minibatches of a quarter give the whole data's bound."""
     x = np.random.default_rng(2).normal(size=64) + 2.0 * (np.arange(64) % 5 < 2)

@@ -129,6 +129,7 @@ def test_it_starts_as_the_product_and_takes_networks(networks):
     np.testing.assert_allclose(moved.log_density(z, jax.random.key(3)), of_draw, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_below_a_global_group():
     """W of each row travels with the row, and its terms carry N/B."""
     target = hivi.from_numpyro(grouped_normals, OBSERVED, subsample={"data": BATCH})
@@ -152,6 +153,7 @@ def grouped_normals(y: Array) -> None:
         numpyro.sample("y", dist.Normal(1.5 * z - 0.5 * up, 1.0), obs=y)
 
 
+@pytest.mark.slow
 def test_rows_with_a_structure_of_their_own():
     """All sites in one plate: structured row by row, also below an inference network."""
 

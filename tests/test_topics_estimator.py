@@ -80,6 +80,7 @@ SLOW = {
     "check_estimators_fit_returns_self",
     "check_estimators_nan_inf",
     "check_estimators_overwrite_params",
+    "check_estimators_pickle",
     "check_fit2d_1feature",
     "check_fit2d_1sample",
     "check_fit_check_is_fitted",
@@ -90,6 +91,7 @@ SLOW = {
     "check_methods_subset_invariance",
     "check_n_features_in",
     "check_n_features_in_after_fitting",
+    "check_pipeline_consistency",
     "check_readonly_memmap_input",
 }
 

@@ -94,9 +94,13 @@ def exact(problem: Problem, target: Target, proposal: AbstractProposal) -> np.nd
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(gradient)]).astype(float)
 
 
-def run(name: str, seed: int, path: Any, families: Sequence[str] = tuple(FAMILIES)) -> None:
+def run(name: str, seed: int, path: Any, families: Sequence[str] | None = None) -> None:
     """All estimators on one problem."""
-    wanted = [(f, e) for f, e in itertools.product(families, ESTIMATORS) if f"{name}|{f}|{e}|{seed}" not in known(path)]
+    wanted = [
+        (f, e)
+        for f, e in itertools.product(families or FAMILIES, ESTIMATORS)
+        if f"{name}|{f}|{e}|{seed}" not in known(path)
+    ]
     if not wanted:
         return
     problem = PROBLEMS[name]()

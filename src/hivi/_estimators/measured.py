@@ -116,7 +116,7 @@ def measure(
     conditional = abstract_conditionals(proposal.gather(target.all_rows())).get(site)
     own, linear, found = target.site(site), setting.bound.linear(proposal.branches), []
     for strategy in CANDIDATES:
-        if isinstance(strategy, LocalExpectation | Difference) and not exact:
+        if isinstance(strategy, LocalExpectation | Difference | Enumeration) and not exact:
             continue
         if strategy.refusal(own, conditional) or strategy.unsuited(own, proposal, linear):
             continue
