@@ -8,7 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
+from jax.scipy.special import logsumexp
 from jax.scipy.stats import multivariate_normal, norm, poisson
 
 import hivi
@@ -252,3 +255,25 @@ def test_gradients_are_finite_far_from_the_start():
             proposal
         )
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_counts_of_a_subsampled_plate_keep_their_own_likelihood():
+    """Row by row q is a copula's, not a Poisson: the bound over all rows stays below log p(x), known row by row."""
+
+    def model(y):
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", dist.Poisson(5.0))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    y = np.array([3.0, 5.5, 4.0, 7.2])
+    z = np.arange(60)
+    exact = logsumexp(poisson.logpmf(z, 5.0)[:, None] + norm.logpdf(y, z[:, None], 1.0), 0).sum()
+    target = hivi.from_numpyro(model, jnp.asarray(y), subsample={"data": 2})
+    fit = hivi.fit(target, hivi.Copula(), key=KEY, steps=600, progress=False)
+    bound = fit.elbo(KEY, 8192)
+    assert exact - 1.5 < bound.mean < exact + 4 * bound.stderr
+
+
+def test_strategies_that_need_a_mean_say_so():
+    with pytest.raises(hivi.FitError, match=r"'z'.*mean has no closed form"):
+        hivi.fit(TARGETS["counts"](), hivi.Copula(), estimator=hivi.Enumeration(), key=KEY, steps=5, progress=False)

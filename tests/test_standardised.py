@@ -172,3 +172,9 @@ def test_posteriors_with_reference_draws(hivi_data: Path, x64):
         found = score.score(models.to_stan(fit.sample(jax.random.key(1), 10_000), names), reference)
         assert found["mean_max"] < 0.06
         assert found["logsd_max"] < 0.05
+
+
+def test_a_posterior_without_end_is_refused():
+    ridge = hivi.from_log_joint(lambda z: -0.5 * (z["a"] + z["b"]) ** 2, {"a": hivi.Latent(), "b": hivi.Latent()})
+    with pytest.raises(hivi.TargetError, match=r"site '[ab]'.*proper"):
+        hivi.fit(ridge, key=KEY, progress=False)
