@@ -171,7 +171,8 @@ def table(path: Any, seeds: int) -> None:
             product = median(name, family, label, lambda r: r["product"])
             factor = None if product is None else base / max(product, 1e-30)
             cells.append("-" if factor is None else ">1e6" if factor > 1e6 else f"{factor:.3g}")
-        rows.append([name, family, *cells])
+        runs = sum(f"{name}|{family}|{plain}|{s}" in found for s in range(seeds))
+        rows.append([name, family, *cells, str(runs)])
     for row in found.values():
         if "z" in row:
             scores.append(row["z"])
@@ -179,7 +180,7 @@ def table(path: Any, seeds: int) -> None:
     chance = float(scipy.stats.norm.isf(0.025 / max(entries, 1)))
     worst = max(scores, default=0.0)
     notes = textwrap.wrap(
-        f"How many times smaller than for the score function with leave-one-out baseline; medians of {seeds} seeds. "
+        f"How many times smaller than for the score function with leave-one-out baseline; medians over the seeds. "
         f"Cost is seconds of a compiled gradient. {SAMPLES} draws a gradient, {GRADIENTS} gradients, after {STEPS} "
         "steps of a fit; baselines that learn had "
         f"{LEARNING} steps for it. A dash: the strategy does not serve the site, or the model cannot be evaluated between "
@@ -190,7 +191,7 @@ def table(path: Any, seeds: int) -> None:
     )
     write(
         "discrete_noise", "Variance times cost of gradient estimators", "python benchmarks/discrete/noise.py",
-        ("problem", "q", *ESTIMATORS), rows, notes,
+        ("problem", "q", *ESTIMATORS, "seeds"), rows, notes,
     )  # fmt: skip
 
 
