@@ -68,8 +68,14 @@ def fitted(family: Any, **options: Any) -> hivi.Fit:
 
 @pytest.mark.parametrize(
     "family",
-    [hivi.MeanField(), hivi.Hierarchical(prior=hivi.Flow(layers=1, kind="coupling"), shared=True)],
-    ids=["mean-field", "shared hierarchy"],
+    [
+        pytest.param(hivi.MeanField(), id="mean-field"),
+        pytest.param(
+            hivi.Hierarchical(prior=hivi.Flow(layers=1, kind="coupling"), shared=True),
+            id="shared hierarchy",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_unseen_rows_need_no_fitting(family, tmp_path):
     """Draws, densities and bounds of other rows; saved without data, and asked again with it."""

@@ -245,6 +245,7 @@ def test_bad_numbers_are_refused(family, match):
         family.build(TARGETS["pair"]().sites, KEY)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_far_from_the_start():
     """Long steps of every parameter, in single precision."""
     for name in ("sites", "binomial", "mixed"):

@@ -257,6 +257,7 @@ def test_starting_along_gains_what_was_promised(table: Curvature):
     assert abs(bound.mean - MEAN_FIELD - gain) < 3 * bound.stderr + 0.1 * gain
 
 
+@pytest.mark.slow
 def test_a_flow_starts_wide_enough_to_leave_the_fit(table: Curvature):
     """Ten times as wide as a Gaussian, along no direction, and not worse than mean-field by more than that costs."""
     fit = grown(table, hivi.Hierarchical(prior=hivi.Flow(layers=3), start=table.fit))

@@ -160,6 +160,7 @@ def test_a_funnel_couples_a_location_with_a_log_scale(x64):
     assert str(found).splitlines()[-1].startswith("Mixing along")
 
 
+@pytest.mark.slow
 def test_a_hierarchy_along_a_gaussians_direction_gains():
     target = gaussian()
     fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=3000, progress=False)

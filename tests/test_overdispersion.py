@@ -60,6 +60,7 @@ def test_gradient_against_the_sum_over_the_support():
         assert abs(found.mean() - right) < 4.5 * stderr
 
 
+@pytest.mark.slow
 def test_a_hierarchy_takes_it_and_a_saved_run_keeps_it(tmp_path):
     options: dict[str, Any] = {"key": jax.random.key(0), "steps": 200, "progress": False}
     family = hivi.Hierarchical(prior=hivi.FullRank(), concentration=1.0)

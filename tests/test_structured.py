@@ -85,6 +85,7 @@ def exact_of_mixed() -> float:
     return float(np.log(sum(np.exp(np.asarray(at(jnp.array(b), points), float)).sum() * cell for b in (0, 1))))
 
 
+@pytest.mark.slow
 def test_it_keeps_what_the_product_loses(tmp_path):
     """A bit that sets the location of two numbers: the product cannot follow it, the structure does; saved and loaded."""
     target, log_z = TARGETS["mixed"](), exact_of_mixed()
