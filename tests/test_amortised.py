@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import equinox as eqx
@@ -20,7 +19,15 @@ import hivi
 from cases import perturbed
 from hivi._errors import FamilyError, FitError, LoadError
 from hivi._families.product import build_proposal
-from test_unbiased import BATCH, OBSERVED, ROWS, Means, agree, by_rows, grouped, means, means_by_seed, strategies
+from test_unbiased import (
+    BATCH,
+    OBSERVED,
+    agree,
+    agree_over_minibatches,
+    grouped,
+    means,
+    strategies,
+)
 
 FEATURES = np.stack([OBSERVED, OBSERVED**2], 1)
 
@@ -32,20 +39,8 @@ def network(**options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["exact", "score"])
 def test_minibatches_average_to_the_full_gradient(kind):
-    """N/B is applied once: the mean over all minibatches is the gradient of the whole data, in the network's weights."""
-    full = hivi.from_numpyro(grouped, OBSERVED)
-    small = hivi.from_numpyro(grouped, OBSERVED, subsample={"data": BATCH})
-    seeds = by_rows(small)
-    assert len(seeds) == math.comb(ROWS, BATCH)
-    proposal = perturbed(build_proposal(network(), full.sites, jax.random.key(0)), jax.random.key(1), 0.5)
-    like = build_proposal(network(), small.sites, jax.random.key(0))
-    local = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(proposal))
-    right = means(full, proposal, strategies(full, kind), hivi.Elbo())
-    agree(right)
-    at = means_by_seed(small, local, strategies(small, kind), hivi.Elbo())
-    each = [at(seed) for seed in seeds.values()]
-    value, gradient = (sum(m.found[k] for m in each) / len(each) for k in (0, 1))
-    agree(Means(right.exact, (value, gradient)))
+    """In the network's weights, too."""
+    agree_over_minibatches(network(), kind)
 
 
 def rows_of_two(x: Array) -> None:

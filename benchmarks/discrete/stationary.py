@@ -18,7 +18,7 @@ from numpyro.distributions import Normal
 
 from hivi._bijections import _root
 from hivi._families.auxiliary import LAM, AbstractAuxiliary, AbstractAuxiliaryState, Link
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_density, gaussian_terms
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree
 
@@ -127,7 +127,7 @@ class StationaryProposal(AbstractProposal):
         return gaussian_terms(self.coordinates(z, context))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
+        return gaussian_density(self.coordinates(z, None))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         if context is not None:

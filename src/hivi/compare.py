@@ -109,14 +109,15 @@ def compare(
         warmup: adaptation steps of NUTS.
         grow: let hierarchical families start at the mean-field fit; otherwise from scratch.
         progress: show progress bars on a terminal.
-        **options: more arguments of `hivi.fit`, the same for all: `bound`, `estimator`, `learning_rate`, `tolerance`.
+        **options: more arguments of `hivi.fit`, the same for all: `bound`, `estimator`, `learning_rate`, `optimizer`,
+            `tolerance`, `mesh`.
 
     Returns:
         A `Comparison`; print it.
 
     Raises:
         FamilyError: no families, or a value that is none.
-        FitError: fewer than 100 draws.
+        FitError: fewer than 100 draws, or an unknown option.
 
     Example:
         >>> import hivi, jax, jax.numpy as jnp
@@ -131,13 +132,7 @@ def compare(
         ('mixture', 0.2)
     """
     chosen = _checked(default_families(target) if families is None else families)
-    if draws < 100:
-        raise FitError(message("compare(draws=...)", str(draws), "at least 100", "ask for more draws"))
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise FitError(
-            message(f"compare({unknown[0]}=...)", "an unknown option", f"one of {', '.join(OPTIONS)}", "correct it")
-        )
+    _check_options(draws, options)
     keys = _Keys(*jax.random.split(key, 5))
     settings = {"steps": steps, "samples": samples, "progress": progress, **options}
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
@@ -170,6 +165,15 @@ def compare(
         rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)
     notes = {} if curved is None else {"Would a hierarchy help?": _verdict(curved)}
     return Comparison(judged(rows, reference, mean_field), fits, target.name, reference, notes)
+
+
+def _check_options(draws: int, options: Mapping[str, Any]) -> None:
+    if draws < 100:
+        raise FitError(message("compare(draws=...)", str(draws), "at least 100", "ask for more draws"))
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        expected = f"one of {', '.join(OPTIONS)}"
+        raise FitError(message(f"compare({unknown[0]}=...)", "an unknown option", expected, "correct it"))
 
 
 class _Keys(NamedTuple):

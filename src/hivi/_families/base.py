@@ -26,6 +26,7 @@ from hivi._families.checks import with_concentration as with_concentration
 from hivi._layout import Components as Components
 from hivi._layout import Coordinates as Coordinates
 from hivi._layout import Layout as Layout
+from hivi._layout import gaussian_density as gaussian_density
 from hivi._layout import gaussian_terms as gaussian_terms
 from hivi._layout import size_of as size_of
 from hivi._likelihoods.base import AbstractLikelihood

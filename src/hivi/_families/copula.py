@@ -13,7 +13,7 @@ from numpyro.distributions import Normal
 from hivi._bijections import monotone
 from hivi._dependence import AbstractDependence, GaussianDependence, VineDependence
 from hivi._errors import FamilyError, message
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms
+from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_density, gaussian_terms
 from hivi._families.latent_copula import latent
 from hivi._families.reverse import AbstractReverse, BandedReverse, DenseReverse
 from hivi._margins import Margins
@@ -127,7 +127,7 @@ class CopulaProposal(AbstractProposal):
         return gaussian_terms(self.coordinates(z, context))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
+        return gaussian_density(self.coordinates(z, None))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         if context is not None:

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
 from hivi._bijections import backward, forward, near_identity
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms, require_real
+from hivi._families.base import (
+    AbstractFamily,
+    AbstractProposal,
+    Coordinates,
+    Layout,
+    gaussian_density,
+    gaussian_terms,
+    require_real,
+)
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held, value_zero
 
@@ -86,7 +94,7 @@ class FlowProposal(AbstractProposal):
         return gaussian_terms(Coordinates(base, moved - log_det))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
+        return gaussian_density(self.coordinates(z, None))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         if context is not None:

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms, require_real
+from hivi._families.base import (
+    AbstractFamily,
+    AbstractProposal,
+    Coordinates,
+    Layout,
+    gaussian_density,
+    gaussian_terms,
+    require_real,
+)
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
 
@@ -88,7 +96,7 @@ class FullRankProposal(AbstractProposal):
         return gaussian_terms(held(self).coordinates(z, None))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
+        return gaussian_density(self.coordinates(z, None))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         flat = Layout(self.sites).flatten(value)

@@ -9,7 +9,15 @@ from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
 from hivi._errors import FamilyError, message
-from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_terms, require_real
+from hivi._families.base import (
+    AbstractFamily,
+    AbstractProposal,
+    Coordinates,
+    Layout,
+    gaussian_density,
+    gaussian_terms,
+    require_real,
+)
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
 
@@ -97,7 +105,7 @@ class LowRankProposal(AbstractProposal):
         return gaussian_terms(held(self).coordinates(z, None))
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
-        return sum((jnp.sum(t) for t in gaussian_terms(self.coordinates(z, None)).values()), jnp.zeros(()))
+        return gaussian_density(self.coordinates(z, None))
 
     def coordinates(self, value: Latents, context: PyTree) -> Coordinates:
         vectors, roots = self._factors()
