@@ -141,16 +141,12 @@ def compare(
     curved = _curved(base, keys)
     rows: list[Row] = []
     fits: dict[str, Fit] = {}
-    remarks: tuple[str, ...]
     for name, family in chosen.items():
         if name == mean_field and base is not None:
-            attempt, remarks = base, ()
+            attempt = base
         else:
-            start, remarks = _start(family, base if grow else None, curved)
-            attempt = _try_fit(target, family if start is None else _started(family, start), keys, settings)
-            if start is not None and attempt.refused:  # what does not suit the start may still be fitted from scratch
-                attempt, remarks = _try_fit(target, family, keys, settings), ()
-        row = Row(name, str(family), error=attempt.error, remarks=remarks)
+            attempt = _grow(target, family, base if grow else None, curved, keys, settings)
+        row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
         if attempt.fit is not None:
             fits[name] = attempt.fit
             try:
@@ -187,11 +183,29 @@ class _Keys(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    """A fit, or why there is none; whether it was the family that refused the target."""
+    """A fit, or why there is none; whether it was the family that refused the target; and what it grew from."""
 
     fit: Fit | None
     error: str = ""
     refused: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+def _grow(
+    target: Target,
+    family: Family,
+    base: _Attempt | None,
+    curved: Curvature | None,
+    keys: _Keys,
+    settings: Mapping[str, Any],
+) -> _Attempt:
+    """A fit that grows from the mean-field one where it can; what does not suit that start is fitted from scratch."""
+    start, remarks = _start(family, base, curved)
+    if start is not None:
+        attempt = _try_fit(target, _started(family, start), keys, settings)
+        if not attempt.refused:
+            return attempt._replace(remarks=remarks)
+    return _try_fit(target, family, keys, settings)
 
 
 def _checked(families: Any) -> dict[str, Family]:

@@ -108,10 +108,8 @@ def fit(
         family = default_family(target) if start is None else start.family
     bound = Elbo() if bound is None else bound
     k_build, k_check, k_run = jax.random.split(key, 3)
-    proposal = build_proposal(family, target.sites, k_build) if start is None else _continue(start, target, family)
+    proposal = _continue(start, target, family) if start is not None else _begin(target, family, k_build, k_check)
     _refuse_conjugate(proposal)
-    if start is None and full_size(target):
-        proposal = proposal.started(lambda: best_gaussian(target, proposal.sites, jax.random.fold_in(k_check, 2)))
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     rate = proposal.learning_rate if learning_rate is None else learning_rate
     chosen = default_optimizer(rate) if optimizer is None else optimizer
@@ -137,6 +135,14 @@ def fit(
         strategies={name: label(s) for name, s in plan.strategies},
         pace=run.pace(),
     )
+
+
+def _begin(target: Target, family: Any, k_build: Key, k_check: Key) -> AbstractProposal:
+    """The built family; at the best Gaussian, where it starts there and the target is used whole."""
+    proposal = build_proposal(family, target.sites, k_build)
+    if not full_size(target):
+        return proposal
+    return proposal.started(lambda: best_gaussian(target, proposal.sites, jax.random.fold_in(k_check, 2)))
 
 
 def _refuse_conjugate(proposal: AbstractProposal) -> None:
