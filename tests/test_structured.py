@@ -14,8 +14,9 @@ import pytest
 from jaxtyping import Array
 
 import hivi
-from cases import BOUNDS, STRATEGIES, TARGETS, built, perturbed
+from cases import BOUNDS, TARGETS, built, perturbed
 from hivi._errors import FamilyError, FitError
+from hivi._estimators.base import Evaluation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._families.product import build_proposal
 from hivi._space import Latents
@@ -24,7 +25,7 @@ from test_unbiased import BATCH, OBSERVED, Means, agree, grouped, means
 
 def forced(own: Any, key: Array, branch: Array | int, given: Latents) -> tuple[Latents, Any]:
     """A draw whose discrete values are given: later groups are drawn below them."""
-    return own.given_values(given, key, branch)
+    return own.redrawn(given, key, branch)
 
 
 def chosen(target: hivi.Target, proposal: Any) -> dict[str, Any]:
@@ -57,13 +58,37 @@ def test_discrete_groups_below_a_discrete_group(family):
     agree(solve(family, "sites", samples=1, most=13))
 
 
-def test_control_a_local_signal_is_noticed():
-    """Local expectation of a bit above others holds their draws fixed: its gradient is another one."""
+ABOVE = {
+    "local expectation": hivi.LocalExpectation(),
+    "score": hivi.Score(),
+    "moving average": hivi.Score(baseline=hivi.MovingAverage()),
+    "learned": hivi.Score(baseline=hivi.Learned()),
+}
+
+
+def of_a_bit_above(strategy: Any, bound: str = "elbo") -> Means:
+    """The draws below a moved bit have the noise of the draw itself, so that the mean over the bit is exact."""
     model = TARGETS["mixed"]()
     proposal = built("structured mean-field", model, scale=0.4)
-    wrong = {**chosen(model, proposal), "z": STRATEGIES["local expectation"]}
+    given = {**chosen(model, proposal), "z": strategy}
+    return means(model, proposal, given, BOUNDS[bound], 1, 13, forced)
+
+
+@pytest.mark.parametrize("name", ABOVE)
+def test_strategies_of_a_bit_above_others(name):
+    agree(of_a_bit_above(ABOVE[name]))
+
+
+def test_local_expectation_of_a_bit_above_others_with_a_multi_sample_bound():
+    agree(of_a_bit_above(ABOVE["local expectation"], "outer 3"))
+
+
+def test_control_draws_below_a_moved_bit_must_move(monkeypatch):
+    """Local expectation that holds the draws below a bit fixed has another gradient."""
+    own = Evaluation._replace
+    monkeypatch.setattr(Evaluation, "_replace", lambda self, **new: own(self, **{**new, "above": None}))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(means(model, proposal, wrong, hivi.Elbo(), 1, 13, forced))
+        agree(of_a_bit_above(ABOVE["local expectation"]))
 
 
 def test_auto_says_why_and_others_are_refused():
@@ -72,8 +97,9 @@ def test_auto_says_why_and_others_are_refused():
     assert "other draws depend on it" in hivi.Auto().explain(model, family)
     assert isinstance(chosen(model, build_proposal(family, model.sites, jax.random.key(0)))["z"], HierarchicalScore)
     options: dict[str, Any] = {"key": jax.random.key(0), "steps": 1, "progress": False}
-    with pytest.raises(FitError, match="other draws depend on this site"):
-        hivi.fit(model, family, estimator={"z": hivi.LocalExpectation()}, **options)
+    for strategy in (hivi.LocalExpectation(coupled=True), hivi.Enumeration(), hivi.DoubleControlVariates()):
+        with pytest.raises(FitError, match="other draws depend on it"):
+            hivi.fit(model, family, estimator={"z": strategy}, **options)
 
 
 def exact_of_mixed() -> float:

@@ -53,6 +53,14 @@ class Forced(AbstractProposal):
         number = jnp.argmax(jnp.all(jax.random.key_data(key) == self.keys, -1))
         return self.draw(self.own, key, branch, {n: v[number] for n, v in self.values.items()})
 
+    @property
+    def upstream(self) -> frozenset[str]:
+        return self.own.upstream
+
+    def redrawn(self, values: Latents, key: Array, branch: Array | int = 0) -> tuple[Latents, Any]:
+        number = jnp.argmax(jnp.all(jax.random.key_data(key) == self.keys, -1))
+        return self.draw(self.own, key, branch, {n: v[number] for n, v in self.values.items()} | values)
+
     def hidden(self, context: Any) -> Latents:
         return self.own.hidden(context)
 

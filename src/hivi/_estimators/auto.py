@@ -79,6 +79,9 @@ class Auto(AbstractEstimator):
             if s.discrete
             else _continuous(s, proposal, bound)
             for s in target.sites
+        ] + [
+            Choice(s.name, HierarchicalScore(), 1, "the family's own, and other draws depend on it: as above")
+            for s in proposal.above
         ]
 
     def _choose(self, site: Site, conditional: bool, count: int) -> Choice:
@@ -162,9 +165,9 @@ class Auto(AbstractEstimator):
 
     def _table(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> str:
         rows = [("site", "strategy", "evaluations", "reason")]
+        open_ = self.undecided(target, proposal, bound)
         for c in self.choose(target, proposal, bound):
-            open_ = target.site(c.site).discrete and self._dear(c) and target.source is None
-            reason = c.reason + ("; a fit measures" if open_ else "")
+            reason = c.reason + ("; a fit measures" if c.site in open_ else "")
             rows.append((c.site, label(c.strategy), str(c.evaluations), reason))
         widths = [max(len(r[k]) for r in rows) for k in range(3)]
         return "\n".join("  ".join([*(r[k].ljust(widths[k]) for k in range(3)), r[3]]) for r in rows)

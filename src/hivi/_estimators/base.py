@@ -63,6 +63,8 @@ class Evaluation(NamedTuple):
         key: randomness for strategies that draw more.
         local: whether the bound is linear in the log-weight, so that terms which do not touch z_i may be left out.
         memory: what the strategy has learnt in earlier steps.
+        above: for a variable on which other draws depend: the log-weight at another value of it, with all that
+            depends on it drawn anew. Its signal is the whole log-weight.
     """
 
     z: Latents
@@ -70,6 +72,7 @@ class Evaluation(NamedTuple):
     key: Key | None = None
     local: bool = True
     memory: PyTree = ()
+    above: Callable[[Array], Array] | None = None
 
     def total(self) -> Array:
         """The log-weight log p - log q; a scalar."""
@@ -85,6 +88,8 @@ class Evaluation(NamedTuple):
 
         For a bound that is not linear, the change of the whole log-weight, for every coordinate.
         """
+        if self.above is not None:
+            return jnp.broadcast_to(self.above(value) - self.total(), value.shape)
         after = self.moved(site, value)
         if self.local:
             return after.signal(site) - self.signal(site)
@@ -109,6 +114,8 @@ class Evaluation(NamedTuple):
     def signal(self, site: str) -> Array:
         """f_i of eq. 8/11: the terms of log p, log r and log q that touch each coordinate of a site."""
         shape = self.z[site].shape
+        if self.above is not None:
+            return jnp.broadcast_to(self.total(), shape)
         found = [
             p.sign * p.factored.signal(site, shape, p.terms) for p in self.parts if site in p.factored.program.sites
         ]
@@ -116,6 +123,8 @@ class Evaluation(NamedTuple):
 
     def differences(self, site: str, moved: Array) -> Array:
         """Change of log p - log q when one coordinate moves, (moves, *site shape)."""
+        if self.above is not None:
+            return _redraws(self.above, self.z[site], moved) - self.total()
         found = [
             p.sign * p.factored.differences(site, moved, z, *p.rest, among=names)
             for p in self.parts
@@ -125,14 +134,28 @@ class Evaluation(NamedTuple):
         return sum(found, jnp.zeros(moved.shape))
 
 
+def _redraws(above: Callable[[Array], Array], z: Array, moved: Array) -> Array:
+    """The log-weight with one coordinate at a time moved: as many draws as there are moves and coordinates."""
+    coordinates = jnp.tile(jnp.arange(z.size), moved.shape[0])
+
+    def one(move: tuple[Array, Array]) -> Array:
+        number, value = move
+        return above(z.reshape(-1).at[number].set(value).reshape(z.shape))
+
+    return jax.lax.map(one, (coordinates, moved.reshape(-1)), batch_size=32).reshape(moved.shape)
+
+
 class AbstractStrategy(eqx.Module):
     """How the gradient passes through the draws of one site."""
 
     detached: eqx.AbstractClassVar[bool]
     closed: ClassVar[bool] = False
     landing: ClassVar[bool] = False
-    whole: ClassVar[bool] = False
-    """Whether its signal is the whole log-weight, as sites on which other draws depend must have it."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can serve a variable on which other draws depend."""
+        return False
 
     @property
     def remembers(self) -> bool:
@@ -236,7 +259,8 @@ class AbstractEstimator(eqx.Module):
 class Fixed(AbstractEstimator):
     """The strategies that a user named: one for all sites where it is eligible, or a dict by site.
 
-    Sites that a dict does not name, and continuous sites that a single strategy cannot serve, get `otherwise`'s choice.
+    Sites that a dict does not name, and continuous sites that a single strategy cannot serve, get `otherwise`'s choice. A dict
+    may also name the family's own discrete variables (`hivi.Codes`: "code of z"), which a single strategy leaves alone.
     """
 
     strategies: Any = eqx.field(static=True)
@@ -246,15 +270,18 @@ class Fixed(AbstractEstimator):
         conditionals = abstract_conditionals(proposal)
         linear = bound.linear(proposal.branches)
 
+        known = {s.name: s for s in (*target.sites, *proposal.above)}
+        above = {*proposal.upstream, *(s.name for s in proposal.above)}
+
         def reason_for(site: Site, strategy: AbstractStrategy) -> str | None:
-            if site.name in proposal.upstream and not strategy.whole:
-                return "other draws depend on this site, so that all terms are its signal"
+            if site.name in above and not strategy.whole:
+                return "other draws depend on it, and this strategy takes them as they are"
             return strategy.refusal(site, conditionals.get(site.name)) or strategy.unsuited(site, proposal, linear)
 
         out = self.otherwise.resolve(target, proposal, bound)
         if isinstance(self.strategies, Mapping):
             for name in self.strategies:
-                target.site(name)
+                _ = known[name] if name in known else target.site(name)
             wanted = dict(self.strategies)
         else:
             suited = [s.name for s in target.sites if s.discrete or not reason_for(s, self.strategies)]
@@ -262,7 +289,7 @@ class Fixed(AbstractEstimator):
             kind = [s.name for s in target.sites if not self.strategies.refusal(s, conditionals.get(s.name))]
             wanted = dict.fromkeys(suited or kind, self.strategies)
         for name, strategy in wanted.items():
-            reason = reason_for(target.site(name), strategy)
+            reason = reason_for(known[name], strategy)
             if reason is None and strategy.closed and name not in target.closed:
                 reason = "the target does not say that log p meets this site through its means alone"
             if reason:

@@ -34,6 +34,10 @@ class LocalExpectation(AbstractStrategy):
     coupled: bool = False
     detached: ClassVar[bool] = True
 
+    @property
+    def whole(self) -> bool:
+        return not self.coupled
+
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"
@@ -61,6 +65,10 @@ class Difference(AbstractStrategy):
     """
 
     detached: ClassVar[bool] = True
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:

@@ -39,6 +39,10 @@ class DisARM(AbstractStrategy):
 
     detached: ClassVar[bool] = True
 
+    @property
+    def whole(self) -> bool:
+        return True
+
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"

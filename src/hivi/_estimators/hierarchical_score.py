@@ -21,7 +21,10 @@ class HierarchicalScore(AbstractStrategy):
     """
 
     detached: ClassVar[bool] = True
-    whole: ClassVar[bool] = True
+
+    @property
+    def whole(self) -> bool:
+        return True
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "it has no q of its own"

@@ -38,6 +38,10 @@ class Score(AbstractStrategy):
     def remembers(self) -> bool:
         return self.baseline.remembers
 
+    @property
+    def whole(self) -> bool:
+        return True
+
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "its coordinates are not independent given the family's context"
 

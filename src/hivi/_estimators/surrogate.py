@@ -138,7 +138,7 @@ def _draw(
     inner = bound.inner
     z, context = proposal.propose(k_draw, branch)
     hidden = proposal.hidden(context)
-    z, strategies = {**z, **hidden}, {**strategies, **dict.fromkeys(hidden, HIDDEN)}
+    z, strategies = {**z, **hidden}, {**dict.fromkeys(hidden, HIDDEN), **strategies}
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
     views = terms_by_view(target, z, proposal.views())
@@ -172,6 +172,8 @@ def _draw(
     measured = {}
     for number, n in enumerate(sorted(detached)):
         own = evaluation._replace(key=jax.random.fold_in(k_more, number), memory=memory.get(n, ()))
+        if n in hidden or n in proposal.upstream:
+            own = own._replace(above=_above(held(proposal), target, n, (k_draw, k_inner), branch, inner, rows))
         measured[n] = strategies[n].measure(n, conditionals[n], own)
     cancel = sum(
         (
@@ -182,6 +184,26 @@ def _draw(
         jnp.zeros(()),
     )
     return log_p - factored.total(q_terms), measured, cancel
+
+
+def _above(
+    proposal: AbstractProposal, target: Target, site: str, keys: tuple[Key, Key], branch: Array, inner: int, rows: Rows
+) -> Callable[[Array], Array]:
+    """The log-weight of a draw as a function of the value of a variable on which other draws depend."""
+
+    def at(value: Array) -> Array:
+        z, context = proposal.redrawn({site: value}, keys[0], branch)
+        z = {**z, **proposal.hidden(context)}
+        views = terms_by_view(target, z, proposal.views())
+        return target.factored.total(viewed_terms(target, views, rows)) - _total(proposal, z, context, keys[1], inner)
+
+    return at
+
+
+def _total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, inner: int) -> Array:
+    """`log_q` of a draw, summed."""
+    scales, terms = proposal.scales(), proposal.log_q(z, context, key, inner)
+    return sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
 
 
 def terms_by_view(
@@ -230,14 +252,11 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
     rows = target.minibatch(k_rows)
     local = proposal.gather(rows)
     check_minibatch(target, bound, local.branches)
-    scales = local.scales()
 
     def one(k: Key, branch: Array) -> Array:
         k_draw, k_inner = jax.random.split(k)
         z, context = local.propose(k_draw, branch)
-        terms = local.log_q(z, context, k_inner, bound.inner)
-        total = sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
-        return target.log_joint(z, rows) - total
+        return target.log_joint(z, rows) - _total(local, z, context, k_inner, bound.inner)
 
     keys = jax.random.split(k_draws, (bound.draws, local.branches))
     log_w = jax.vmap(jax.vmap(one), (0, None))(keys, jnp.arange(local.branches))

@@ -268,6 +268,9 @@ class AmortisedProposal(AbstractProposal):
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         return self._all().propose(key, branch)
 
+    def redrawn(self, values: Latents, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        return self._all().redrawn(values, key, branch)
+
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         return self._all().log_q(z, context, key, inner)
 

@@ -76,6 +76,18 @@ class AbstractProposal(eqx.Module):
         """
         return {}
 
+    @property
+    def above(self) -> tuple[Site, ...]:
+        """What `hidden` has, as sites."""
+        return ()
+
+    def redrawn(self, values: Latents, key: Key, branch: Int[Array, ""] | int = 0) -> tuple[Latents, PyTree]:
+        """`propose` with other values of some variables of `upstream` or `above`: what depends on them is drawn anew.
+
+        With the same key, all the rest is as `propose` draws it.
+        """
+        return self.propose(key, branch)
+
     def landable(self, site: str) -> bool:
         """Whether `landed` can serve a site: exact densities of continuous sites."""
         return False

@@ -20,7 +20,8 @@ from hivi._space import Latents, Site, Values
 from hivi._tree import Key, PyTree
 
 SPREAD = 0.5
-BITS = FiniteLikelihood(Values("finite", 0, 2))
+BIT = Values("finite", 0, 2)
+BITS = FiniteLikelihood(BIT)
 
 
 class Codes(AbstractFamily):
@@ -103,12 +104,20 @@ class CodesProposal(AbstractProposal):
         return f"code of {self.sites[0].name}"
 
     @property
+    def above(self) -> tuple[Site, ...]:
+        bits = (self.logits.shape[0],)
+        return (Site(self._name, bits, BIT, bits),)
+
+    @property
     def _link(self) -> Link:
         return Link(self.sites)
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        return self.redrawn({}, key, branch)
+
+    def redrawn(self, values: Latents, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         k1, k2 = jax.random.split(key)
-        return self.given_code(BITS.sample(self.logits, k1), k2)
+        return self.given_code(values[self._name] if self._name in values else BITS.sample(self.logits, k1), k2)
 
     def given_code(self, code: Int[Array, " bits"], key: Key) -> tuple[Latents, CodesContext]:
         """A draw of z at one code."""

@@ -122,10 +122,13 @@ class ProductProposal(AbstractProposal):
         return out
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        return self.redrawn({}, key, branch)
+
+    def redrawn(self, values: Latents, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         z: Latents = {}
         contexts, rest = [], branch
         for p, k in reversed(list(zip(self.parts, jax.random.split(key, len(self.parts)), strict=True))):
-            draw, context = p.propose(k, rest % p.branches)
+            draw, context = p.redrawn(values, k, rest % p.branches)
             rest = rest // p.branches
             z |= draw
             contexts.append(context)
@@ -141,6 +144,10 @@ class ProductProposal(AbstractProposal):
 
     def hidden(self, context: PyTree) -> Latents:
         return {n: v for p, c in zip(self.parts, context, strict=True) for n, v in p.hidden(c).items()}
+
+    @property
+    def above(self) -> tuple[Site, ...]:
+        return tuple(s for p in self.parts for s in p.above)
 
     def landable(self, site: str) -> bool:
         return any(p.landable(site) for p in self.parts)

@@ -106,19 +106,26 @@ class RowsProposal(AbstractProposal):
         return {s.name: jnp.moveaxis(z[s.name], 0, s.local[1]) for s in self.sites if s.local is not None}
 
     def _in(self, z: Latents) -> Latents:
-        return {s.name: jnp.moveaxis(z[s.name], s.local[1], 0) for s in self.sites if s.local is not None}
+        local = ((s.name, s.local[1]) for s in self.sites if s.local is not None and s.name in z)
+        return {name: jnp.moveaxis(z[name], axis, 0) for name, axis in local}
 
     def _count(self) -> int:
         return int(jax.tree.leaves(self._split()[0])[0].shape[0])
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        return self.redrawn({}, key, branch)
+
+    def redrawn(self, values: Latents, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
+        known = self._in(values)
         k1, k2 = jax.random.split(key)
         keys = jax.random.split(k1, self._count())
         if self.branches > 1:  # each row has each component in some branch, and independent ones within a branch
             shift = jax.random.randint(jax.random.fold_in(key, 2), (self._count(),), 0, self.branches)
-            z, context = self._each(lambda p, k, b: p.propose(k, b), keys, (branch + shift) % self.branches)
+            z, context = self._each(
+                lambda p, v, k, b: p.redrawn(v, k, b), known, keys, (branch + shift) % self.branches
+            )
         else:
-            z, context = self._each(lambda p, k: p.propose(k), keys)
+            z, context = self._each(lambda p, v, k: p.redrawn(v, k), known, keys)
         out = self._out(z)
         # Discrete values of all rows in one draw: the sampler's loops run once, not once for each row's worst case.
         given = self.conditionals(context)

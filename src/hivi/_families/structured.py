@@ -233,16 +233,15 @@ class StructuredProposal(AbstractProposal):
         return eqx.combine(self.maps[number - 1].shift(own, jnp.concatenate(inputs[:number])), rest)
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, StructuredContext]:
-        return self.given_values({}, key, branch)
+        return self.redrawn({}, key, branch)
 
-    def given_values(self, values: Latents, key: Key, branch: Array | int = 0) -> tuple[Latents, StructuredContext]:
-        """A draw in which some sites have these values."""
+    def redrawn(self, values: Latents, key: Key, branch: Array | int = 0) -> tuple[Latents, StructuredContext]:
         z: Latents = {}
         contexts: tuple[PyTree, ...] = ()
         inputs: tuple[Array, ...] = ()
         for number, k in enumerate(jax.random.split(key, len(self.groups))):
             part = self._at(number, inputs)
-            draw, context = part.propose(k, branch if number == 0 else 0)
+            draw, context = part.redrawn(values, k, branch if number == 0 else 0)
             draw = {n: values.get(n, v) for n, v in draw.items()}
             z, contexts = z | draw, (*contexts, context)
             if number < len(self.groups) - 1:
@@ -272,6 +271,10 @@ class StructuredProposal(AbstractProposal):
     def hidden(self, context: StructuredContext) -> Latents:
         found = zip(self.groups, context.contexts, strict=True)
         return {n: v for p, c in found for n, v in p.hidden(c).items()}
+
+    @property
+    def above(self) -> tuple[Site, ...]:
+        return tuple(s for p in self.groups for s in p.above)
 
     def conditionals(self, context: StructuredContext) -> dict[str, Conditional]:
         """Of the last group and of all discrete sites: the draws of continuous ones before it carry its gradient on."""
