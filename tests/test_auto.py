@@ -7,16 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array
 from numpyro.distributions import constraints
 
 import hivi
 from cases import TARGETS, built, perturbed
+from hivi._errors import LoadError
 from hivi._estimators.auto import label
 from hivi._estimators.base import Fixed
 from hivi._estimators.cost import operations
 from hivi._estimators.measured import Setting, settle
 from hivi._families.product import build_proposal
+from hivi._fit import loop
 
 
 def spins(n: int = 8) -> hivi.Target:
@@ -56,6 +59,25 @@ def test_auto_takes_the_best_product_and_shows_the_table():
     fit, again = (hivi.fit(target, family, estimator=auto, **options) for _ in range(2))
     assert fit.strategies["z"] != "Score"
     np.testing.assert_array_equal(fit.history["elbo"], again.history["elbo"])
+
+
+def test_a_resumed_run_does_not_measure_again(tmp_path, monkeypatch):
+    target = spins()
+    options: dict[str, Any] = {
+        "key": jax.random.key(0),
+        "steps": 200,
+        "samples": 4,
+        "tolerance": None,
+        "progress": False,
+    }
+    auto = hivi.Auto(budget=4)
+    first = hivi.fit(target, hivi.MeanField(), estimator=auto, checkpoint=tmp_path, **options)
+    monkeypatch.setattr(loop, "_measured", lambda *_: pytest.fail("measured again"))
+    again = hivi.fit(target, hivi.MeanField(), estimator=auto, checkpoint=tmp_path, **options)
+    assert again.strategies == first.strategies != {"z": "Score"}
+    np.testing.assert_array_equal(again.history["elbo"], first.history["elbo"])
+    with pytest.raises(LoadError, match="another configuration"):
+        hivi.fit(target, hivi.MeanField(), estimator=hivi.LocalExpectation(), checkpoint=tmp_path, **options)
 
 
 def built_mean_field(target: hivi.Target) -> Any:

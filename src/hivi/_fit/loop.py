@@ -30,7 +30,7 @@ from hivi._fit import store
 from hivi._fit.gaussian_start import best_gaussian
 from hivi._fit.parallel import check_mesh, distribute
 from hivi._fit.result import Fit
-from hivi._fit.run import Run, starting_draws
+from hivi._fit.run import Run, settled, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.streamed import fit_streamed, refuse_streamed
 from hivi._target.base import Target, check_start, full_size
@@ -113,13 +113,20 @@ def fit(
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     rate = proposal.learning_rate if learning_rate is None else learning_rate
     chosen = default_optimizer(rate) if optimizer is None else optimizer
-    plan = Plan((), bound, samples, chosen, optimizer is None, mesh)
-    plan, state = _planned(plan, _resolve(estimator), target, proposal, steps, (k_run, jax.random.fold_in(k_check, 1)))
+    estimator = _resolve(estimator)
+    plan = Plan((), bound, samples, chosen, optimizer is None, mesh).using(estimator.resolve(target, proposal, bound))
+    state = initial_state(proposal, target, plan, k_run, steps)
+    folder = None if checkpoint is None else Path(checkpoint)
+    settings = [steps, samples, rate, repr(tolerance), optimizer is None, repr(estimator)]
+    identity = "" if folder is None else _identity(target, family, plan, key, settings, state)
+    undecided = estimator.undecided(target, proposal, bound)
+    if undecided:
+        found = settled(folder, identity, undecided)
+        plan = plan.using(found or _measured(plan, undecided, target, state, jax.random.fold_in(k_check, 1)))
+        state = initial_state(proposal, target, plan, k_run, steps)
     if mesh is not None:
         state, target = _on_mesh(state, target, plan, mesh)
-    settings = [steps, samples, rate, repr(tolerance), optimizer is None]
-    identity = None if checkpoint is None else _identity(target, family, plan, key, settings, state)
-    run = Run(target, plan, steps, tolerance, began, Path(checkpoint) if checkpoint else None, identity, state)
+    run = Run(target, plan, steps, tolerance, began, folder, identity, state)
     run.resume()
     outcome = run.go(progress, throw, _label(family))
     return Fit(
@@ -157,24 +164,12 @@ def _refuse_conjugate(proposal: AbstractProposal) -> None:
         )
 
 
-def _planned(
-    plan: Plan,
-    estimator: AbstractEstimator,
-    target: Target,
-    proposal: AbstractProposal,
-    steps: int,
-    keys: tuple[Key, Key],
-) -> tuple[Plan, State]:
-    """The plan with its strategies, measured where the estimator asks for it, and the state before the first step."""
-    strategies = estimator.resolve(target, proposal, plan.bound)
-    plan = plan._replace(strategies=tuple(strategies.items()))
-    state = initial_state(proposal, target, plan, keys[0], steps)
-    undecided = estimator.undecided(target, proposal, plan.bound)
-    if not undecided:
-        return plan, state
+def _measured(
+    plan: Plan, undecided: tuple[str, ...], target: Target, state: State, key: Key
+) -> dict[str, AbstractStrategy]:
+    """The plan's strategies, those of undecided sites by measurement after a few steps."""
     setting = Setting(target, _warm(state, target, plan), plan.bound, plan.samples)
-    plan = plan._replace(strategies=tuple(settle(strategies, undecided, setting, keys[1]).items()))
-    return plan, initial_state(proposal, target, plan, keys[0], steps)
+    return settle(dict(plan.strategies), undecided, setting, key)
 
 
 def _warm(state: State, target: Target, plan: Plan) -> AbstractProposal:

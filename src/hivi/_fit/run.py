@@ -12,6 +12,9 @@ import numpy as np
 from jaxtyping import Array
 
 from hivi._errors import FitError, LoadError, message
+from hivi._estimators.auto import label
+from hivi._estimators.base import AbstractStrategy
+from hivi._estimators.measured import CANDIDATES
 from hivi._families.base import AbstractProposal
 from hivi._fit import store
 from hivi._fit.progress import Bar
@@ -38,6 +41,16 @@ def _terms(target: Target, draws: Latents) -> list[Array]:
     return jax.vmap(target.terms)(draws)
 
 
+def settled(folder: Path | None, identity: str, sites: tuple[str, ...]) -> dict[str, AbstractStrategy]:
+    """What an interrupted run of this configuration measured for these sites; empty where a folder holds none."""
+    if folder is None or not (folder / "checkpoint.safetensors").exists():
+        return {}
+    meta = store.read(folder, "checkpoint")[1]
+    chosen, known = meta.get("strategies", {}), {label(s): s for s in CANDIDATES}
+    same = meta["identity"] == identity and all(chosen.get(n) in known for n in sites)
+    return {n: known[chosen[n]] for n in sites} if same else {}
+
+
 class Run:
     """The host's side of one fit: state, history, stopping, recovery and checkpoints."""
 
@@ -49,7 +62,7 @@ class Run:
         tolerance: float | None,
         began: float,
         folder: Path | None,
-        identity: str | None,
+        identity: str,
         state: State,
     ):
         self.target, self.plan, self.steps, self.tolerance = target, plan, steps, tolerance
@@ -160,6 +173,7 @@ class Run:
             "last": self.last,
             "converged": self.converged,
             "recoveries": self.recoveries,
+            "strategies": {n: label(s) for n, s in self.plan.strategies},
         }
         store.write(self.folder, "checkpoint", arrays, meta)
 

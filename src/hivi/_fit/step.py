@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import equinox as eqx
@@ -66,6 +67,10 @@ class Plan(NamedTuple):
     optimizer: optax.GradientTransformation
     scheduled: bool
     mesh: Mesh | None
+
+    def using(self, strategies: Mapping[str, AbstractStrategy]) -> Plan:
+        """The plan with these strategies in place of those that it has for the same sites."""
+        return self._replace(strategies=tuple({**dict(self.strategies), **strategies}.items()))
 
 
 class Info(NamedTuple):
