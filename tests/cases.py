@@ -138,8 +138,21 @@ def constrained() -> hivi.Target:
     return hivi.from_log_joint(log_joint, latents)
 
 
+def once(fn: Callable[[], hivi.Target]) -> Callable[[], hivi.Target]:
+    """The same target at every call, for each precision: tests share what it cost to trace it."""
+    kept: dict[bool, hivi.Target] = {}
+
+    def found() -> hivi.Target:
+        double = bool(jax.config.jax_enable_x64)
+        if double not in kept:
+            kept[double] = fn()
+        return kept[double]
+
+    return found
+
+
 TARGETS: dict[str, Callable[[], hivi.Target]] = {
-    fn.__name__: fn
+    fn.__name__: once(fn)
     for fn in (pair, triple, chain, categorical, count, counts, binomial, sites, mixed, normal, constrained)
 }
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 
 # Before JAX (or a BLAS) is imported. Two CPU devices, so that code for several devices is tested everywhere;
 # one BLAS thread per worker, since the suite already runs one worker per core.
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=2".strip()
+_FLAGS = {"--xla_force_host_platform_device_count": "2"}
+if os.environ.get("HIVI_COMPILE") != "full":
+    # The tests compile much and compute little: half the time. HIVI_COMPILE=full compiles as users do.
+    _FLAGS["--xla_backend_optimization_level"] = "0"
+    if version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
+        _FLAGS |= {"--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": "1"}
+for _name, _value in _FLAGS.items():
+    if _name not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_name}={_value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
@@ -42,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.TemporaryDirectory(prefix="hivi-compiled-")
         config.add_cleanup(folder.cleanup)
         jax.config.update("jax_compilation_cache_dir", folder.name)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
 
 MAPPINGS = 25_000

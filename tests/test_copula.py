@@ -13,6 +13,7 @@ import numpyro.distributions as dist
 import pytest
 from jax.scipy.special import logsumexp
 from jax.scipy.stats import multivariate_normal, norm, poisson
+from jaxtyping import Array
 
 import hivi
 from cases import TARGETS, built, perturbed, quick
@@ -30,14 +31,20 @@ COPULAS = ["copula", "copula vine", "copula vine, frank"]
 # The dependence
 
 
+@eqx.filter_jit
+def there_and_back(pair: Any, parameter: Array, x: Array, y: Array) -> tuple[Array, ...]:
+    h, log_slope = pair.onward(parameter, x, y)
+    slope = jax.vmap(jax.vmap(jax.grad(lambda a, b: pair.onward(parameter, a, b)[0])))(x, y)
+    return h, log_slope, pair.back(parameter, h, y), slope
+
+
 @pytest.mark.parametrize("pair", [GaussianPair(), FrankPair()], ids=["gaussian", "frank"])
 @pytest.mark.parametrize("parameter", [-3.0, -1.0, -1e-4, 0.0, 1e-3, 0.166, 0.9, 3.0])
 def test_pairs_go_there_and_back_in_single_precision(pair, parameter):
     x, y = jnp.meshgrid(jnp.linspace(-5, 5, 31), jnp.linspace(-5, 5, 31))
-    h, log_slope = pair.onward(jnp.array(parameter), x, y)
+    h, log_slope, back, slope = there_and_back(pair, jnp.array(parameter), x, y)
     kept = np.abs(h) < 8
-    np.testing.assert_allclose(pair.back(jnp.array(parameter), h, y)[kept], x[kept], atol=2e-5)
-    slope = jax.vmap(jax.vmap(jax.grad(lambda a, b: pair.onward(jnp.array(parameter), a, b)[0])))(x, y)
+    np.testing.assert_allclose(back[kept], x[kept], atol=2e-5)
     np.testing.assert_allclose(log_slope[kept], np.log(slope)[kept], atol=2e-5)
 
 
@@ -198,6 +205,7 @@ def test_extra_draws_from_r_are_those_of_its_density():
 # Fits
 
 
+@pytest.mark.slow
 def test_fit_of_the_papers_table():
     """Correlation -0.6, the tighter bound: hivi.Elbo() alone stops at about -0.5."""
     target = table_target(np.array([[0.1, 0.4], [0.4, 0.1]]))
@@ -258,6 +266,7 @@ def test_gradients_are_finite_far_from_the_start():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_counts_of_a_subsampled_plate_keep_their_own_likelihood():
     """Row by row q is a copula's, not a Poisson: the bound over all rows stays below log p(x), known row by row."""
 

@@ -115,7 +115,11 @@ def by_quadrature(target: hivi.Target) -> tuple[hivi.Fit, np.ndarray]:
     return at(target, parts(mu)), np.asarray(hessian * unit[:, None] * unit)
 
 
-@pytest.mark.parametrize("make", [gaussian, funnel, switch], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(gaussian, marks=pytest.mark.slow), funnel, pytest.param(switch, marks=pytest.mark.slow)],
+    ids=lambda f: f.__name__,
+)
 def test_against_the_hessian_by_quadrature(make: Callable[[], hivi.Target], x64):
     fit, exact = by_quadrature(make())
     found = curvature(fit, key=jax.random.key(0), samples=8192, top=2)

@@ -66,6 +66,7 @@ def test_impossible_values_of_no_weight_are_no_obstacle():
     np.testing.assert_allclose(gradient, [0.0, share * (1 - share) * (jnp.log(0.8 / 0.2) - 0.3)], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_auto_measures_it():
     """A cluster whose exact local expectations are dear and whose joint values are few."""
     table = jnp.asarray(np.random.default_rng(0).normal(size=(3,) * 3), jnp.float32)

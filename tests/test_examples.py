@@ -9,6 +9,7 @@ from types import ModuleType
 
 import jax
 import numpy as np
+import pytest
 
 import hivi
 
@@ -32,6 +33,7 @@ def columns(name: str) -> dict[str, np.ndarray]:
     return {column: table[column] for column in table.dtype.names}
 
 
+@pytest.mark.slow
 def test_poisson_latents() -> None:
     data = {k: np.array(v) for k, v in json.loads((FOLDER / "poisson_outbreaks.json").read_text()).items()}
     target = hivi.from_numpyro(example("poisson_outbreaks").model, **data)
@@ -53,6 +55,7 @@ def test_bernoulli_indicators() -> None:
     assert np.mean(draws[:, 3]) < 0.3
 
 
+@pytest.mark.slow
 def test_continuous_hierarchy() -> None:
     target = hivi.from_numpyro(example("eight_schools").model, **columns("eight_schools"))
     flat = hivi.fit(target, hivi.MeanField(), key=KEY, steps=2000, progress=False)

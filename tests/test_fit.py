@@ -101,7 +101,7 @@ run.SAVE_EVERY = 0.0
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_fit import bernoulli
 import hivi
-fit = hivi.fit(bernoulli(), hivi.Hierarchical(prior=hivi.Flow(2)), key=jax.random.key(7), steps=20_000, tolerance=None,
+fit = hivi.fit(bernoulli(), hivi.Hierarchical(prior=hivi.Flow(2)), key=jax.random.key(7), steps=6000, tolerance=None,
                checkpoint=sys.argv[1], progress=False)
 fit.save(sys.argv[2])
 """
@@ -122,7 +122,7 @@ fit.save(sys.argv[2])
     a, b = hivi.load(tmp_path / "fit_a"), hivi.load(tmp_path / "fit_b")
     assert same(a.proposal, b.proposal)
     assert np.array_equal(a.history["elbo"], b.history["elbo"])
-    assert len(a.history["elbo"]) == 20_000
+    assert len(a.history["elbo"]) == 6000
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
         hivi.Mixture(3),
         hivi.Hierarchical(prior=hivi.Flow(2, "coupling")),
         pytest.param(hivi.Hierarchical(prior=hivi.Mixture(2)), marks=pytest.mark.slow),
-        {"z": hivi.Hierarchical(prior=hivi.Hierarchical(prior=hivi.Flow(1)))},
+        pytest.param({"z": hivi.Hierarchical(prior=hivi.Hierarchical(prior=hivi.Flow(1)))}, marks=pytest.mark.slow),
     ],
     ids=lambda f: str(f)[:40],
 )

@@ -31,6 +31,7 @@ def gap(family: Any) -> float:
     return -hivi.fit(wide(), family, **options).elbo(jax.random.key(1), samples=20_000).mean
 
 
+@pytest.mark.slow
 def test_the_right_concentration_is_exact_and_poisson_is_not():
     assert abs(gap(hivi.MeanField(concentration=1.0))) < 0.01
     assert gap(hivi.MeanField()) > 0.2

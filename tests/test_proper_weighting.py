@@ -246,7 +246,9 @@ def test_density_is_unbiased_everywhere(family):
 PRIORS = ["mean-field", "full-rank", "low-rank", *COPULAS, "mixture", *(f"flow {k}" for k in KINDS), "hvm full-rank"]
 
 
-@pytest.mark.parametrize("family", PRIORS)
+@pytest.mark.parametrize(
+    "family", [f if f != "copula vine, frank" else pytest.param(f, marks=pytest.mark.slow) for f in PRIORS]
+)
 def test_coordinates_go_there_and_back(family):
     """`from_coordinates` inverts `coordinates`; log-dets are opposite, and that of the Jacobian."""
     model = TARGETS["normal"]()

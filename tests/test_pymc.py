@@ -115,6 +115,7 @@ def test_log_joint_is_pymcs_own(build: Any, x64: None) -> None:
             np.testing.assert_allclose(own[rv.name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @needs_pymc
 def test_sites_are_in_pymcs_own_space() -> None:
     target = hivi.from_pymc(everything())
@@ -142,6 +143,7 @@ def test_terms_stay_local() -> None:
     assert {f.name for f in target.factored.factors} >= {"mu", "tau", "theta", "y"}
 
 
+@pytest.mark.slow
 @needs_pymc
 def test_change_point_against_the_exact_answer() -> None:
     """Exponential(1) priors: the rates integrate out, and the switch point's posterior is a sum over 32 values."""

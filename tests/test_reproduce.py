@@ -94,6 +94,7 @@ def test_mixture_table_is_exact() -> None:
     np.testing.assert_allclose(found.probability, np.exp(log_q), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_quadrature_agrees_with_importance_sampling_and_monte_carlo(flow_fit: hivi.Fit) -> None:
     found = marginal_table(flow_fit)
     assert found.method == "quadrature"

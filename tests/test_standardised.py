@@ -132,6 +132,7 @@ def test_saved_with_its_start(tmp_path):
     np.testing.assert_allclose(*(f.log_prob(z, key=KEY) for f in (fit, again)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_coordinate_takes_splines():
     target = hivi.from_log_joint(
         lambda z: dist.Gamma(2.0, 1.0).log_prob(z["r"]), {"r": hivi.Latent((), dist.constraints.positive)}
@@ -178,3 +179,7 @@ def test_a_posterior_without_end_is_refused():
     ridge = hivi.from_log_joint(lambda z: -0.5 * (z["a"] + z["b"]) ** 2, {"a": hivi.Latent(), "b": hivi.Latent()})
     with pytest.raises(hivi.TargetError, match=r"site '[ab]'.*proper"):
         hivi.fit(ridge, key=KEY, progress=False)
+    for seed in range(4):  # by whichever way rounding goes
+        assert np.isfinite(gaussian_start(ridge, ridge.sites, jax.random.key(seed)).bound)
+        with pytest.raises(hivi.TargetError, match="proper"):
+            best_gaussian(ridge, ridge.sites, jax.random.key(seed))

@@ -263,6 +263,7 @@ def test_bounds_of_rows_add_up(latent):
     assert not np.isclose(alone[1], each[1])
 
 
+@pytest.mark.slow
 def test_growing_starts_at_the_mean_field_bound(mean_field):
     """A narrow lambda costs next to nothing, and further passes lose nothing."""
     before, error = bound_of(mean_field)
@@ -338,6 +339,7 @@ def test_without_a_skip_the_start_is_near():
     np.testing.assert_allclose(rates, 0.4, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_unseen_documents_start_at_the_encoders_answer(network):
     """With no passes it stands as it is; with many the bound is no lower."""
     new = corpus(6, 8, 9, 1.5)

@@ -44,7 +44,7 @@ def solve(family: str, target: str, bound: str = "elbo", samples: int = 2, most:
     [
         ("structured mean-field", "mixed", "elbo", 2),  # a bit above two real sites
         ("structured backwards", "mixed", "elbo", 2),  # two real sites above a bit
-        ("structured hvm", "mixed", "inner 2", 1),
+        pytest.param("structured hvm", "mixed", "inner 2", 1, marks=pytest.mark.slow),
         ("structured mean-field", "mixed", "outer 3", 1),
         ("structured mixture first", "mixed", "elbo", 1),
     ],

@@ -262,10 +262,6 @@ DEFAULT: list[Case] = [
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
     *crossed("hvm full-rank, recursive", "pair", "exact", bounds="elbo | inner 2"),
     *crossed("copula", "pair", "exact", bounds="elbo"),
-    *crossed("copula vine, frank", "pair", "score", bounds="inner 2"),
-    *crossed("copula vine", "categorical", "exact", bounds="elbo"),
-    *crossed("copula vine", "mixed", "exact", bounds="elbo"),
-    Case("copula", "sites", "exact", "elbo"),
 ]
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
 FLOWS = " | ".join(f"hvm {k}" for k in ("planar", "coupling", "maf", "spline"))
@@ -294,6 +290,7 @@ SLOW: list[Case] = [
         *crossed(COPULAS, "count", "exact", bounds="elbo | inner 2", most=40),
         *crossed(COPULAS, "binomial", "exact", bounds="elbo | inner 2"),
         *crossed(COPULAS, "mixed", "exact"),
+        *crossed("copula", "sites", "exact", bounds="elbo"),
     ]
     if case not in DEFAULT and not (case.family == "hvm mixture" and BOUNDS[case.bound].inner)
 ]

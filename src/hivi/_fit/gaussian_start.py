@@ -148,7 +148,8 @@ def _search(target: Target, sites: tuple[Site, ...], base: Array, place: Array) 
     start = _Search(place, root, bound, gradients, jnp.array(jnp.inf, bound.dtype), jnp.array(0))
 
     def going(s: _Search) -> Bool[Array, ""]:
-        return (s.iteration < ITERATIONS) & (s.gain > TOLERANCE) & jnp.isfinite(s.bound)
+        widest = jnp.max(jnp.sum(s.root**2, 1))  # without an end, the determinant would overflow, and the bound with it
+        return (s.iteration < ITERATIONS) & (s.gain > TOLERANCE) & jnp.isfinite(s.bound) & (widest < WIDEST**2)
 
     return jax.lax.while_loop(going, lambda s: _step(target, sites, base, s), start)
 
