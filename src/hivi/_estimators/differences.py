@@ -62,6 +62,16 @@ class Difference(AbstractStrategy):
     """Difference identity for counts: `d/dmu E f = E[f(z+1) - f(z)]` for Poisson, and its binomial relative.
 
     Holds for any function and any support, without truncation; one evaluation per colour of the site.
+
+    Example:
+        >>> import hivi
+        >>> from numpyro.distributions import constraints
+        >>> target = hivi.from_log_joint(
+        ...     lambda z: -0.5 * (z["n"] - 3.0) ** 2, {"n": hivi.Latent((), constraints.nonnegative_integer)}
+        ... )
+        >>> print(hivi.Auto().explain(target, hivi.MeanField()))
+        site  strategy    evaluations  reason
+        n     Difference  1            count: difference identity, 1 colour
     """
 
     detached: ClassVar[bool] = True

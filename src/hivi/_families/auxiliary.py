@@ -144,6 +144,11 @@ class InverseFlow(AbstractAuxiliary):
     Args:
         layers: length of the inverse flow; 0 for none.
         kind: "planar", "coupling", "maf" or "spline".
+
+    Example:
+        >>> import hivi
+        >>> hivi.Hierarchical(prior=hivi.Flow(4), auxiliary=hivi.InverseFlow(layers=2)).auxiliary.layers
+        2
     """
 
     layers: int = 8
@@ -220,7 +225,13 @@ def solve_transposed(root: Array, right: Array) -> Array:
 
 
 class Linearised(AbstractAuxiliary):
-    """The linearised posterior alone: no parameters, exact as the prior narrows; O(D^2) unless the prior is MeanField."""
+    """The linearised posterior alone: no parameters, exact as the prior narrows; O(D^2) unless the prior is MeanField.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Hierarchical(prior=hivi.FullRank(), auxiliary=hivi.Linearised()).auxiliary
+        Linearised()
+    """
 
     def build(self, link: Link, prior: AbstractProposal, key: Key) -> AbstractAuxiliaryState:
         if prior.factorised:
@@ -278,7 +289,13 @@ class LinearisedState(AbstractAuxiliaryState):
 
 
 class SemiImplicit(AbstractAuxiliary):
-    """r = q(lambda), the prior itself: semi-implicit variational inference (Yin & Zhou 2018); use with inner > 0."""
+    """r = q(lambda), the prior itself: semi-implicit variational inference (Yin & Zhou 2018); use with inner > 0.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Hierarchical(prior=hivi.Flow(), auxiliary=hivi.SemiImplicit()).auxiliary
+        SemiImplicit()
+    """
 
     def build(self, link: Link, prior: AbstractProposal, key: Key) -> AbstractAuxiliaryState:
         return PriorState(link)
@@ -306,6 +323,11 @@ class Component(AbstractAuxiliary):
 
     r(lambda|z) = sum_k w_k(z) N_k(lambda|z), w_k(z) proportional to pi_k q(z|mu_k) with the second-order correction for
     the component's width. Exact for components without width, where log q(z) is the log-sum of a mixture.
+
+    Example:
+        >>> import hivi
+        >>> hivi.Hierarchical(prior=hivi.Mixture(4), auxiliary=hivi.Component()).auxiliary
+        Component()
     """
 
     def build(self, link: Link, prior: AbstractProposal, key: Key) -> AbstractAuxiliaryState:

@@ -58,6 +58,18 @@ class Fit:
         strategies: site -> name of the gradient strategy that was used.
         program: the stored map to the model's space, for a loaded run whose supports depend on latents.
         pace: seconds per step without compilation; None where one compiled chunk of steps was all, or for a loaded run.
+
+    Example:
+        >>> import hivi, jax
+        >>> target = hivi.from_log_joint(lambda z: -0.5 * (z["x"] - 2) ** 2, latents={"x": hivi.Latent()})
+        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=1000, progress=False)
+        >>> draws = fit.sample(jax.random.key(1), 5)
+        >>> draws["x"].shape
+        (5,)
+        >>> bool(abs(fit.elbo(jax.random.key(2)).mean - 0.919) < 0.05)  # log of the square root of 2 pi
+        True
+        >>> fit.log_prob(draws, key=jax.random.key(3)).shape
+        (5,)
     """
 
     proposal: AbstractProposal
@@ -157,6 +169,20 @@ class Fit:
         Raises:
             FitError: no `hivi.Amortised` in the family, features of another shape, or a target of other rows.
             FamilyError: a site of the plate that has parameters of its own for each row.
+
+        Example:
+            >>> import hivi, jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+            >>> def model(y):
+            ...     with numpyro.plate("data", len(y)):
+            ...         z = numpyro.sample("z", dist.Normal(0, 1))
+            ...         numpyro.sample("y", dist.Normal(z, 1), obs=y)
+            >>> y, new = jnp.linspace(-2.0, 2.0, 20), jnp.array([0.3, 1.5])
+            >>> family = hivi.Amortised(hivi.MeanField(), data=y[:, None], hidden=8)
+            >>> options = {"key": jax.random.key(0), "steps": 100, "progress": False}
+            >>> fit = hivi.fit(hivi.from_numpyro(model, y), family, **options)
+            >>> unseen = fit.rows(new[:, None], target=hivi.from_numpyro(model, new))
+            >>> unseen.sample(jax.random.key(1), 5)["z"].shape
+            (5, 2)
         """
         return at_rows(self, features, target)
 
