@@ -105,6 +105,28 @@ def test_the_same_rows_again_are_the_same_fit():
     assert np.ptp(lam[:, 0]) > 1e-4
 
 
+def test_rows_of_two_plates_keep_their_own_features():
+    def model(x: Array, y: Array) -> None:
+        with numpyro.plate("left", len(x)):
+            numpyro.sample("x", dist.Normal(numpyro.sample("a", dist.Normal()), 1.0), obs=x)
+        with numpyro.plate("right", len(y)):
+            numpyro.sample("y", dist.Normal(numpyro.sample("b", dist.Normal()), 1.0), obs=y)
+
+    x, y = jnp.arange(4.0), jnp.arange(6.0)
+    family = {
+        "a": hivi.Amortised(data=x[:, None], hidden=3, plate="left"),
+        "b": hivi.Amortised(data=y[:, None], hidden=3, plate="right"),
+    }
+    options: dict[str, Any] = {"key": jax.random.key(0), "steps": 2, "samples": 1, "progress": False}
+    fit = hivi.fit(hivi.from_numpyro(model, x, y), family, **options)
+    new, target = {"left": x[:2, None] + 1, "right": y[:3, None] + 2}, hivi.from_numpyro(model, x[:2] + 1, y[:3] + 2)
+    there = fit.rows(new, target=target)
+    for name, plate in (("a", "left"), ("b", "right")):
+        np.testing.assert_array_equal(there.family[name].data, new[plate])
+    on = hivi.fit(target, start=there, **options)
+    assert {n: d.shape for n, d in on.sample(jax.random.key(1), 5).items()} == {"a": (5, 2), "b": (5, 3)}
+
+
 def test_features_are_no_parameters():
     """An optimiser that decays weights leaves them as they are."""
     fit = fitted(

@@ -10,6 +10,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import hivi
+from hivi import _marginal
 from hivi._marginal import pareto_khat
 from hivi.diagnostics import bound_ladder, marginal_khat
 
@@ -72,9 +73,13 @@ def test_ladder_shows_the_gap() -> None:
     assert len(found.rungs) == 1 or "mixture prior" in str(found)
 
 
-def test_refusals() -> None:
+def test_refusals(monkeypatch) -> None:
     fit = hivi.fit(table(), hivi.MeanField(), key=KEY, steps=100, progress=False)
     with pytest.raises(hivi.FitError, match="at least 100"):
         marginal_khat(fit, key=KEY, samples=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(_marginal, "_densities", lambda *_: jnp.full(200, -jnp.inf).at[3:].set(-1.0))
+        with pytest.raises(hivi.FitError, match=r"no number at 3 of 200 draws of q itself.*auxiliary"):
+            marginal_khat(fit, key=KEY, samples=200)
     with pytest.raises(hivi.FitError, match="without its target"):
         marginal_khat(type(fit)(**{**vars(fit), "target": None}), key=KEY)

@@ -125,6 +125,10 @@ def marginal_khat(fit: Fit, *, key: Key, samples: int = 1000) -> KHat:
     z, log_p = weighed_draws(fit.proposal, target, k_draw, samples)
     log_q, noise, inner = _log_density(fit.proposal, target, z, k_density)
     log_w = np.asarray(log_p, np.float64) - log_q
+    if not np.isfinite(log_q).all():
+        found = f"log q(z) that is no number at {np.sum(~np.isfinite(log_q))} of {samples} draws of q itself"
+        cure = "r(lambda|z) misses the lambdas that q draws from: fit longer, or take another auxiliary"
+        raise FitError(message("marginal_khat", found, "a finite density at every draw", cure))
     if np.isnan(log_w).any() or np.isposinf(log_w).any() or np.isneginf(log_w).all():
         cure = "check the model there (a log of zero, an impossible value)"
         raise FitError(message("marginal_khat", "log p - log q that is no number at draws of q", "finite ones", cure))

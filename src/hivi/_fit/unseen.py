@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from hivi._errors import FitError, message
 from hivi._families.amortised import Amortised
+from hivi._families.product import ProductProposal, grouped
 from hivi._space import Plate, Site
 from hivi._target.base import Target
 
@@ -33,7 +34,7 @@ def at_rows(fit: Any, features: Any, target: Target | None) -> Any:
         fit,
         proposal=fit.proposal.unseen(given, sites),
         sites=sites,
-        family=_with_data(fit.family, given),
+        family=_with_data(fit, given),
         message=f"{fit.message}; at rows of {', '.join(f'{n!r} ({len(x)})' for n, x in given.items())}",
         target=target,
         program=None,
@@ -83,14 +84,20 @@ def _row_shape(family: Any, found: tuple[int, ...]) -> tuple[int, ...]:
     return (counts[0],) if counts and found not in [(c,) for c in counts] else found
 
 
-def _with_data(family: Any, given: Mapping[str, Array]) -> Any:
-    """The family with the new rows' features, where there is one plate: so that a fit can go on from there."""
-    if len(given) != 1:
-        return family
-    data = next(iter(given.values()))
-    if isinstance(family, Mapping):
-        return {n: _with_data(f, given) for n, f in family.items()}
-    return dataclasses.replace(family, data=data) if isinstance(family, Amortised) else family
+def _with_data(fit: Any, given: Mapping[str, Array]) -> Any:
+    """The family with the new rows' features, each of its networks those of its own plate: so that a fit can go on from there."""
+    parts = fit.proposal.parts if isinstance(fit.proposal, ProductProposal) else (fit.proposal,)
+    plates = {s.name: next(iter(p.inferred)) for p in parts if p.inferred for s in p.sites}
+
+    def renewed(family: Any, sites: tuple[Site, ...]) -> Any:
+        return (
+            dataclasses.replace(family, data=given[plates[sites[0].name]]) if isinstance(family, Amortised) else family
+        )
+
+    groups = grouped(fit.family, fit.sites)
+    if not isinstance(fit.family, Mapping):
+        return renewed(fit.family, fit.sites)
+    return {name: renewed(f, sites) for name, (f, sites) in zip(fit.family, groups, strict=True)}
 
 
 def _resized(site: Site, sizes: Mapping[str, int]) -> Site:
