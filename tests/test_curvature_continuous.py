@@ -195,6 +195,7 @@ def test_rows_of_a_plate():
     assert set(range(3, 8)) <= set(found._found().tolist())
 
 
+@pytest.mark.slow
 def test_sites_by_name(x64):
     fit, _ = by_quadrature(switch())
     assert set(curvature(fit, key=jax.random.key(0), sites=["on"]).vectors) == {"on"}

@@ -138,7 +138,7 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     [
         hivi.MeanField(),
         hivi.Mixture(3),
-        hivi.Hierarchical(prior=hivi.Flow(2, "coupling")),
+        pytest.param(hivi.Hierarchical(prior=hivi.Flow(2, "coupling")), marks=pytest.mark.slow),
         pytest.param(hivi.Hierarchical(prior=hivi.Mixture(2)), marks=pytest.mark.slow),
         pytest.param({"z": hivi.Hierarchical(prior=hivi.Hierarchical(prior=hivi.Flow(1)))}, marks=pytest.mark.slow),
     ],

@@ -39,7 +39,7 @@ def linear_state(dim: int) -> tuple[Any, Any, Link]:
     return p, p.auxiliary, Link(sites)
 
 
-@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("dim", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_linear_recursion_is_exact(dim):
     """Where nu moves means only, s is the posterior of nu: the bound on log r has no gap and no noise."""
     p, state, _ = linear_state(dim)

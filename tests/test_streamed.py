@@ -312,6 +312,7 @@ def network() -> fitting.TopicFit:
     return fitted(fitting.amortised(ARCHITECTURE, hidden=8), passes=8)
 
 
+@pytest.mark.slow
 def test_a_network_fills_the_rows_parameters(network):
     """Its start is the estimate that the features are; after a fit, the encoder's output; nothing belongs to a row."""
     fresh = fitting.start(SMALL, ARCHITECTURE, network.family, key=jax.random.key(0), batch=5)

@@ -212,6 +212,7 @@ def test_random_state(model, latents):
     np.testing.assert_array_equal(first.components_, second.components_)
 
 
+@pytest.mark.slow
 def test_partial_fit():
     stream = DeepExponentialFamily(
         **SMALL, random_state=0, total_documents=300

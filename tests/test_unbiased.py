@@ -260,7 +260,7 @@ DEFAULT: list[Case] = [
     *crossed("hvm full-rank", "pair", "enumeration", bounds="elbo | inner 2"),
     *crossed("mixture", "mixed", "enumeration", bounds="elbo"),
     *crossed("hvm full-rank, semi-implicit", "pair", "exact", bounds="inner 2"),
-    *crossed("hvm full-rank, recursive", "pair", "exact", bounds="elbo | inner 2"),
+    *crossed("hvm full-rank, recursive", "pair", "exact", bounds="elbo"),
     *crossed("copula", "pair", "exact", bounds="elbo"),
 ]
 TINY = "mean-field | mixture | hvm full-rank | hvm full-rank, inverse | hvm mean-field"
@@ -291,6 +291,7 @@ SLOW: list[Case] = [
         *crossed(COPULAS, "binomial", "exact", bounds="elbo | inner 2"),
         *crossed(COPULAS, "mixed", "exact"),
         *crossed("copula", "sites", "exact", bounds="elbo"),
+        *crossed("hvm full-rank, recursive", "pair", "exact", bounds="inner 2"),
     ]
     if case not in DEFAULT and not (case.family == "hvm mixture" and BOUNDS[case.bound].inner)
 ]
