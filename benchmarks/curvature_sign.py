@@ -4,7 +4,8 @@
 
 For each target: a mean-field fit; `hivi.curvature` there; then two hierarchies that start at it, one over a full-rank Gaussian
 along the directions that were found, one over a flow. The gain is the better bound less mean-field's (12,000 steps at most each,
-8,192 draws). They agree where both are above zero or neither: a gain counts above 0.02 nats and three standard errors. Adds to
+8,192 draws). They agree where both are above zero or neither: a gain counts above 0.02 nats and three standard errors. Where the
+prediction is above zero, but below that size, and no gain is seen, the run cannot tell: "too small". Adds to
 `results/curvature_sign.json` as it goes; without HIVI_DATA the posteriors are left out.
 """
 
@@ -71,9 +72,12 @@ def run(target: hivi.Target, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def agree(row: dict[str, Any]) -> bool:
-    """Whether the verdict has the sign of the gain."""
-    return (row["predicted"] > 0) == (row["gain"] > max(LEAST, 3 * row["stderr"]))
+def verdict(row: dict[str, Any]) -> str:
+    """Whether the prediction has the sign of the gain; "too small" where both may well be positive, too little to be seen."""
+    least = max(LEAST, 3 * row["stderr"])
+    if (row["predicted"] > 0) == (row["gain"] > least):
+        return "yes"
+    return "too small" if 0 < row["predicted"] < least and abs(row["gain"]) <= least else "no"
 
 
 def table() -> None:
@@ -81,10 +85,11 @@ def table() -> None:
     known = json.loads(STORE.read_text())
     rows = [
         [name, seed, f"{r['eigenvalue']:+.3g}", f"{r['predicted']:.3g}", f"{r['gain']:+.3f} ± {r['stderr']:.3f}",
-         "yes" if agree(r) else "no", r["couples"].replace("|", "\\|"), "not level" if r["warning"] else ""]
+         verdict(r), r["couples"].replace("|", "\\|"), "not level" if r["warning"] else ""]
         for name, seed, r in ((*key.split("|"), row) for key, row in known.items())
     ]  # fmt: skip
-    count = sum(map(agree, known.values()))
+    said = [verdict(r) for r in known.values()]
+    yes, small = said.count("yes"), said.count("too small")
     write(
         "curvature_sign",
         "What the curvature test predicts, and what a hierarchy gains",
@@ -92,7 +97,8 @@ def table() -> None:
         ["target", "seed", "top eigenvalue", "predicted gain", "gain reached", "agree", "direction", "mean-field"],
         rows,
         [
-            f"{count} of {len(known)} agree. Nats. Predicted: of a small mixture, not of the best hierarchy; its sign counts."
+            f"{yes} of {len(known)} agree, {small} are too small to tell. Nats. Predicted: of a small mixture, not of the best "
+            "hierarchy; its sign counts."
         ],
     )
 
