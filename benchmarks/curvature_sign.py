@@ -12,6 +12,7 @@ prediction is above zero, but below that size, and no gain is seen, the run cann
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -120,3 +121,5 @@ if __name__ == "__main__":
             target = PROBLEMS[name]().target() if name in PROBLEMS else hivi.from_numpyro(models[name])
             STORE.write_text(json.dumps({**stored, f"{name}|{seed}": run(target, seed)}, indent=1) + "\n")
             table()
+            jax.clear_caches()  # each program keeps mappings of memory, of which Linux allows 65,530
+            gc.collect()
