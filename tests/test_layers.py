@@ -56,6 +56,7 @@ PAIRS = {
     ("_families/product.py", "_families/rows.py"),
     ("_families/recursive.py", "_families/auxiliary.py"),
     ("_estimators/auto.py", "_estimators/hierarchical_score.py"),
+    ("_estimators/auto.py", "_estimators/cost.py"),
     ("_estimators/auto.py", "_estimators/differences.py"),
     ("_estimators/auto.py", "_estimators/expectation.py"),
     ("_estimators/surrogate.py", "_estimators/expectation.py"),

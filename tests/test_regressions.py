@@ -16,6 +16,7 @@ from numpyro.distributions import constraints
 
 import hivi
 from hivi._fit import store
+from hivi._fit.loop import _check_kinds
 from hivi._fit.stopping import levelled
 from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._target.base import distinct_rows
@@ -211,3 +212,28 @@ def test_explain_says_what_coordinates_are_and_keeps_columns() -> None:
     assert row.endswith("(2 alike)")
     moving = hivi.from_numpyro(lambda: numpyro.sample("b", dist.Uniform(0.0, numpyro.sample("a", dist.Gamma(2.0)))))
     assert "unconstrained from a support that depends on latents" in hivi.explain(moving)
+
+
+# What newcomers do
+
+
+def test_newcomers_mistakes_are_named(tmp_path: Path) -> None:
+    """A model that is no target, a seed that is no key, a latent misspelt, a shape that is no tuple: each with its cure."""
+    target = hivi.from_log_joint(lambda z: -0.5 * z["tau"] ** 2, {"tau": hivi.Latent()})
+    with pytest.raises(hivi.FitError, match=r"found a function; expected a hivi target.*from_numpyro"):
+        _check_kinds(lambda: None, jax.random.key(0))  # `fit` itself, before the tests' own checks of types
+    with pytest.raises(hivi.FitError, match="found 0; expected a JAX random key"):
+        _check_kinds(target, 0)
+    with pytest.raises(hivi.TargetError, match=r"the key 'w'.*one of \['z'\]"):
+        hivi.from_log_joint(lambda z: z["w"], {"z": hivi.Latent()})
+    with pytest.raises(hivi.TargetError, match=r"latent 'z'.*shape=\(0,\).*tuple"):
+        hivi.from_log_joint(lambda z: z["z"], {"z": hivi.Latent(shape=(0,))})
+    with pytest.raises(hivi.FamilyError, match="did you mean 'tau' for 'taw'"):
+        hivi.fit(target, {"taw": hivi.MeanField()}, key=jax.random.key(0))
+    with pytest.raises(hivi.TargetError, match="did you mean 'tau'"):
+        hivi.fit(target, estimator={"taw": hivi.Pathwise()}, key=jax.random.key(0))
+    fit = hivi.fit(target, hivi.MeanField(), **QUICK)
+    with pytest.raises(hivi.FitError, match="at least 1"):
+        fit.sample(jax.random.key(0), -3)
+    saved = fit.save(tmp_path / "run") / "fit.safetensors"
+    assert saved.stat().st_mode & 0o044 == saved.parent.stat().st_mode & 0o044

@@ -23,6 +23,7 @@ from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._families.standardised import Standardised
 from hivi._fit.loop import DENSE_LIMIT, fit
+from hivi._fit.progress import announce
 from hivi._fit.result import Estimate, Fit
 from hivi._marginal import KHat, marginal_khat
 from hivi._target.base import Target
@@ -137,14 +138,17 @@ def compare(
     settings = {"steps": steps, "samples": samples, "progress": progress, **options}
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
     wanted = grow and any(_growing(f) for f in chosen.values())
+    if mean_field is not None or wanted:
+        announce("compare: mean-field, at which others begin", progress)
     base = _try_fit(target, MeanField(), keys, settings) if mean_field is not None or wanted else None
     curved = _curved(base, keys)
     rows: list[Row] = []
     fits: dict[str, Fit] = {}
-    for name, family in chosen.items():
+    for number, (name, family) in enumerate(chosen.items(), 1):
         if name == mean_field and base is not None:
             attempt = base
         else:
+            announce(f"compare: {name} ({number} of {len(chosen)})", progress)
             attempt = _grow(target, family, base if grow else None, curved, keys, settings)
         row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
         if attempt.fit is not None:
@@ -156,6 +160,7 @@ def compare(
         if name == mean_field and curved is not None:
             row = dataclasses.replace(row, notes={"mixing": f"+{curved.gain_to_expect.mean:.2g}"})
         rows.append(row)
+        announce(f"compare: {name}: {row.error or f'bound {row.bound}'}", progress)
     reference = None
     if nuts and fits:
         rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_conditionals
+from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
@@ -41,15 +43,17 @@ class Choice(NamedTuple):
 class Auto(AbstractEstimator):
     """Pathwise for continuous sites; for discrete ones what is exact and cheap, and else what measures best.
 
-    A discrete site whose exact local expectation (or difference) costs at most `cheap` evaluations gets it. For others a fit
-    takes 100 steps of warm-up, then measures every strategy that can serve the site (exact ones within `budget`, DisARM,
-    double control variates, the score function with leave-one-out baseline): the variance of the gradient over 64 draws, times
-    its elementary operations, counted, so that the choice depends on the key alone and not on the machine's mood. The
-    best product wins, and the fit starts afresh with it.
+    A discrete site whose exact local expectation (or difference) costs at most `cheap` evaluations, or `work` elementary
+    operations, gets it: to compile the alternatives would take longer than a fit. For others a fit takes 100 steps of
+    warm-up, then measures every strategy that can serve the site (exact ones within `budget`, DisARM, double control
+    variates, the score function with leave-one-out baseline): the variance of the gradient over 64 draws, times its
+    elementary operations, counted, so that the choice depends on the key alone and not on the machine's mood. The best
+    product wins, and the fit starts afresh with it.
 
     Args:
         budget: the most evaluations of a site's factors that one draw may cost with an exact strategy.
         cheap: up to this many evaluations an exact strategy is taken without measurement; 0 measures always.
+        work: up to this many elementary operations a draw (evaluations times those of log p), too.
 
     Example:
         >>> import hivi
@@ -64,6 +68,7 @@ class Auto(AbstractEstimator):
 
     budget: int = 256
     cheap: int = 16
+    work: float = 1e5
 
     def choose(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> list[Choice]:
         """One choice per site, with the number of evaluations it costs and the reason."""
@@ -111,8 +116,13 @@ class Auto(AbstractEstimator):
         if target.source is not None:  # rows are not at hand
             return ()
         chosen = {c.site: c for c in self.choose(target, proposal, bound)}
-        discrete = [s.name for s in target.sites if s.discrete]
-        return tuple(n for n in discrete if self._dear(chosen[n]))
+        dear = [s.name for s in target.sites if s.discrete and self._dear(chosen[s.name])]
+        exact = [n for n in dear if not isinstance(chosen[n].strategy, Score)]
+        if exact and self.cheap > 0:
+            z = {s.name: jnp.zeros(s.batch_shape, s.dtype) for s in target.sites}
+            each = operations(target.log_joint, z)
+            dear = [n for n in dear if n not in exact or chosen[n].evaluations * each > self.work]
+        return tuple(dear)
 
     def _dear(self, choice: Choice) -> bool:
         return isinstance(choice.strategy, Score) or choice.evaluations > self.cheap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 
@@ -74,7 +75,7 @@ def grouped(
                     f"site {site.name!r}",
                     f"no family among the keys {list(family)}",
                     "one family for every site",
-                    'add a key for it, or a last key ".*"',
+                    _cure(site.name, list(family)),
                 )
             )
         taken[pattern].append(site)
@@ -85,10 +86,20 @@ def grouped(
                     f"family key {pattern!r}",
                     "no site that it matches",
                     f"one of the sites {[s.name for s in sites]}",
-                    "correct the name, or drop the key",
+                    _other(pattern, [s.name for s in sites]),
                 )
             )
     return [(family[pattern], tuple(group)) for pattern, group in taken.items()]
+
+
+def _cure(name: str, keys: list[str]) -> str:
+    close = difflib.get_close_matches(name, keys, 1)
+    return f"did you mean {name!r} for {close[0]!r}?" if close else 'add a key for it, or a last key ".*"'
+
+
+def _other(key: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(key, names, 1)
+    return f"did you mean {close[0]!r}?" if close else "correct the name, or drop the key"
 
 
 def _by_plate(family: AbstractFamily, sites: tuple[Site, ...]) -> dict[Plate | None, tuple[Site, ...]]:

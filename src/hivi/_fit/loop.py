@@ -29,6 +29,7 @@ from hivi._families.standardised import Standardised
 from hivi._fit import store
 from hivi._fit.gaussian_start import best_gaussian
 from hivi._fit.parallel import check_mesh, distribute
+from hivi._fit.progress import announce
 from hivi._fit.result import Fit
 from hivi._fit.run import Run, settled, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
@@ -94,6 +95,7 @@ def fit(
         True
     """
     began = time.monotonic()
+    _check_kinds(target, key)
     if samples is None:
         samples = 16 if target.source is None else 1
     _check_counts(steps, samples)
@@ -122,6 +124,9 @@ def fit(
     undecided = estimator.undecided(target, proposal, bound)
     if undecided:
         found = settled(folder, identity, undecided)
+        if not found:
+            text = f"measuring gradient strategies for {', '.join(undecided)}; estimator={{...}} would choose them"
+            announce(f"{_label(family)}: {text}", progress)
         plan = plan.using(found or _measured(plan, undecided, target, state, jax.random.fold_in(k_check, 1)))
         state = initial_state(proposal, target, plan, k_run, steps)
     if mesh is not None:
@@ -211,6 +216,20 @@ def default_family(target: Target) -> AbstractFamily:
 
 def _label(family: Any) -> str:
     return type(family).__name__ if not isinstance(family, Mapping) else "product"
+
+
+def _check_kinds(target: Any, key: Any) -> None:
+    """Refuse what is no target or no key, whichever a newcomer may pass."""
+    if not isinstance(target, Target):
+        found, cure = (
+            f"a {type(target).__name__}",
+            "wrap it: hivi.from_numpyro(model, data), or hivi.from_log_joint(...)",
+        )
+        raise FitError(message("fit(target)", found, "a hivi target", cure))
+    try:
+        jax.random.fold_in(key, 0)
+    except (TypeError, ValueError):
+        raise FitError(message("fit(key=...)", repr(key), "a JAX random key", "use jax.random.key(0)")) from None
 
 
 def _check_counts(steps: int, samples: int) -> None:

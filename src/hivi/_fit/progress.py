@@ -29,6 +29,12 @@ def plain_lines(every: float = 10.0) -> Iterator[None]:
         _EVERY.reset(token)
 
 
+def announce(text: str, shown: bool) -> None:
+    """Say what begins or ended, on standard error: on a terminal, and wherever `plain_lines` are asked for."""
+    if shown and (_EVERY.get() is not None or sys.stderr.isatty()):
+        print(text, file=sys.stderr, flush=True)
+
+
 class Bar:
     """A context manager that shows how a fit goes; silent when `shown` is false, or without terminal and `plain_lines`."""
 
@@ -37,6 +43,8 @@ class Bar:
         self._steps, self._label = steps, label
         self._every = _EVERY.get() if shown and not console.is_terminal else None
         self._printed = time.monotonic()
+        if self._every is not None:
+            announce(f"{label}: compiling", shown)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -128,7 +128,12 @@ class Fit:
 
         Returns:
             Site -> array of shape (samples, *site shape).
+
+        Raises:
+            FitError: a number of draws below one.
         """
+        if samples < 1:
+            raise FitError(message("Fit.sample(samples=...)", str(samples), "at least 1", "ask for one draw or more"))
         draws = _draws(self.proposal, key, samples)
         if self.target is not None:
             return _constrain_target(self.target, draws)

@@ -27,6 +27,8 @@ from hivi._tree import Key, compiled, finite
 RECOVERIES = 6
 FORGIVE_AFTER = 20
 """Chunks without trouble after which earlier recoveries no longer count."""
+EARLIEST = 2000
+"""Steps before which a fit does not stop by itself: over shorter windows, noise hides a slow rise."""
 SAVE_EVERY = 20.0
 """Seconds between two checkpoints."""
 
@@ -119,7 +121,7 @@ class Run:
         """Once the bound is level, decay the step size over a last stretch and end."""
         if self.tolerance is None or self.converged or len(self.elbo) >= int(self.state.decay_from):
             return
-        if not levelled(self.elbo, self.tolerance):
+        if len(self.elbo) < EARLIEST or not levelled(self.elbo, self.tolerance):
             return
         self.converged = True
         done = len(self.elbo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -134,9 +135,10 @@ class Target(eqx.Module):
         for s in self.sites:
             if s.name == name:
                 return s
-        raise TargetError(
-            message(f"site {name!r}", "no such latent", f"one of {[s.name for s in self.sites]}", "check it")
-        )
+        names = [s.name for s in self.sites]
+        close = difflib.get_close_matches(name, names, 1)
+        cure = f"did you mean {close[0]!r}?" if close else "correct the name"
+        raise TargetError(message(f"site {name!r}", "no such latent", f"one of {names}", cure))
 
     def all_rows(self) -> Rows:
         """The first `batch` rows of every subsampled plate."""

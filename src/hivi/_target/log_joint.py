@@ -67,6 +67,11 @@ def from_log_joint(
     example = {s.name: s.example() for s in sites}
     try:
         factored = factorise(terms, example, data, {}, overrides=differences)
+    except KeyError as error:
+        if error.args[:1] and isinstance(error.args[0], str) and error.args[0] not in latents:
+            found, cure = f"the key {error.args[0]!r}, which no latent has", "correct the name, or describe that latent"
+            raise TargetError(message("log_joint", found, f"one of {list(latents)}", cure)) from error
+        raise
     except jax.errors.JAXTypeError as error:
         raise TargetError(traced_control_flow("log_joint", error)) from error
     return Target("log_joint", sites, factored, jax.tree.map(jnp.asarray, data))
@@ -76,6 +81,12 @@ def _site(name: str, latent: Latent) -> Site:
     if not isinstance(latent, Latent):
         raise TargetError(
             message(f"latent {name!r}", repr(latent), "a hivi.Latent", "hivi.Latent(shape=..., support=...)")
+        )
+    if not isinstance(latent.shape, tuple) or not all(isinstance(n, int) and n > 0 for n in latent.shape):
+        raise TargetError(
+            message(
+                f"latent {name!r}", f"shape={latent.shape!r}", "a tuple of positive integers", "for example shape=(3,)"
+            )
         )
     return make_site(name, tuple(latent.shape), latent.support, tuple(latent.plates.items()))
 
