@@ -252,7 +252,12 @@ def show(
     for number, units in enumerate(layers, 1):
         name = "topics" if number == 1 else f"layer {number}: super-topics, and the parts that each is made of"
         used = f"{alive(shares[number - 1])} of {len(shares[number - 1])} in use"
-        say.print(f"{name} by share of tokens ({used}): share, layer.number, words by {rank}", style="bold", markup=False, soft_wrap=True)
+        say.print(
+            f"{name} by share of tokens ({used}): share, layer.number, words by {rank}",
+            style="bold",
+            markup=False,
+            soft_wrap=True,
+        )
         say.print(as_text(units), markup=False, soft_wrap=True)
         if len(units) < len(shares[number - 1]):
             say.print(f"... and {len(shares[number - 1]) - len(units)} more", markup=False)
