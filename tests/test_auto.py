@@ -80,6 +80,21 @@ def test_a_resumed_run_does_not_measure_again(tmp_path, monkeypatch):
         hivi.fit(target, hivi.MeanField(), estimator=hivi.LocalExpectation(), checkpoint=tmp_path, **options)
 
 
+def test_small_models_are_not_measured():
+    """A site of 20 values costs 19 evaluations: measured only where each of them is work."""
+    interval = constraints.integer_interval(0, 19)
+    target = hivi.from_log_joint(lambda z: -0.5 * (z["n"] - 7.0) ** 2, {"n": hivi.Latent((), interval)})
+    proposal = built_mean_field(target)
+    assert hivi.Auto().undecided(target, proposal, hivi.Elbo()) == ()
+    assert hivi.Auto(work=10).undecided(target, proposal, hivi.Elbo()) == ("n",)
+    assert hivi.Auto(cheap=0).undecided(target, proposal, hivi.Elbo()) == ("n",)
+    data = jnp.arange(10_000.0)
+    heavy = hivi.from_log_joint(
+        lambda z, y: -0.5 * jnp.sum((z["n"] - y) ** 2), {"n": hivi.Latent((), interval)}, data=data
+    )
+    assert hivi.Auto().undecided(heavy, built_mean_field(heavy), hivi.Elbo()) == ("n",)
+
+
 def built_mean_field(target: hivi.Target) -> Any:
     return build_proposal(hivi.MeanField(), target.sites, jax.random.key(0))
 

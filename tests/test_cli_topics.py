@@ -260,7 +260,8 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None
     with plain_lines(0.0), watching("fit", 10, 1000) as watch:
         watch(1.0, -5.0)
         watch(2.0, -4.0)
-    first, second = capsys.readouterr().err.splitlines()
+    begun, first, second = capsys.readouterr().err.splitlines()
+    assert begun == "fit: compiling"
     assert first == "fit: pass 1 of 10 (10%), bound -5"
     assert second.startswith("fit: pass 2 of 10 (20%), bound -4, ")
     assert "tokens/s" in second

@@ -122,7 +122,7 @@ def test_a_user_chooses_the_strategy_of_the_bits():
     assert "code of z" in hivi.Auto().explain(target, hivi.Codes(bits=2))
     with pytest.raises(FitError, match="other draws depend on it"):
         hivi.fit(target, hivi.Codes(bits=2), estimator={"code of z": hivi.Enumeration()}, **options)
-    with pytest.raises(TargetError, match="code of y"):
+    with pytest.raises(TargetError, match="did you mean 'code of z'"):
         hivi.fit(target, hivi.Codes(bits=2), estimator={"code of y": hivi.DisARM()}, **options)
 
 

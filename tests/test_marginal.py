@@ -78,8 +78,12 @@ def test_refusals(monkeypatch) -> None:
     with pytest.raises(hivi.FitError, match="at least 100"):
         marginal_khat(fit, key=KEY, samples=5)
     with monkeypatch.context() as patch:
-        patch.setattr(_marginal, "_densities", lambda *_: jnp.full(200, -jnp.inf).at[3:].set(-1.0))
-        with pytest.raises(hivi.FitError, match=r"no number at 3 of 200 draws of q itself.*auxiliary"):
-            marginal_khat(fit, key=KEY, samples=200)
+        for noise, cure in ((0.0, "float64"), (1.0, "auxiliary")):  # an exact density, and an estimate
+            far = jnp.full(200, -jnp.inf)
+            patch.setattr(
+                _marginal, "_densities", lambda *a, n=noise, far=far: far.at[3:].set(-1 - n * jax.random.uniform(a[-1]))
+            )
+            with pytest.raises(hivi.FitError, match=rf"not finite at 3 of 200 draws of q itself.*{cure}"):
+                marginal_khat(fit, key=KEY, samples=200)
     with pytest.raises(hivi.FitError, match="without its target"):
         marginal_khat(type(fit)(**{**vars(fit), "target": None}), key=KEY)

@@ -224,10 +224,11 @@ def test_newcomers_mistakes_are_named(tmp_path: Path) -> None:
         _check_kinds(lambda: None, jax.random.key(0))  # `fit` itself, before the tests' own checks of types
     with pytest.raises(hivi.FitError, match="found 0; expected a JAX random key"):
         _check_kinds(target, 0)
-    with pytest.raises(hivi.TargetError, match=r"the key 'w'.*one of \['z'\]"):
+    with pytest.raises(hivi.TargetError, match=r"a look-up of 'w'.*one of \['z'\]"):
         hivi.from_log_joint(lambda z: z["w"], {"z": hivi.Latent()})
     with pytest.raises(hivi.TargetError, match=r"latent 'z'.*shape=\(0,\).*tuple"):
         hivi.from_log_joint(lambda z: z["z"], {"z": hivi.Latent(shape=(0,))})
+    assert hivi.from_log_joint(lambda z: z["z"], {"z": hivi.Latent((np.int64(3),))}).site("z").shape == (3,)
     with pytest.raises(hivi.FamilyError, match="did you mean 'tau' for 'taw'"):
         hivi.fit(target, {"taw": hivi.MeanField()}, key=jax.random.key(0))
     with pytest.raises(hivi.TargetError, match="did you mean 'tau'"):

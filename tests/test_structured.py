@@ -18,6 +18,7 @@ from cases import BOUNDS, TARGETS, built, perturbed
 from hivi._errors import FamilyError, FitError
 from hivi._estimators.base import Evaluation
 from hivi._estimators.hierarchical_score import HierarchicalScore
+from hivi._estimators.measured import Setting, moments
 from hivi._families.product import build_proposal
 from hivi._space import Latents
 from test_unbiased import BATCH, OBSERVED, Means, agree, grouped, means
@@ -81,6 +82,75 @@ def test_strategies_of_a_bit_above_others(name):
 
 def test_local_expectation_of_a_bit_above_others_with_a_multi_sample_bound():
     agree(of_a_bit_above(ABOVE["local expectation"], "outer 3"))
+
+
+def above_others(name: str) -> tuple[hivi.Target, Any, str]:
+    """Targets whose first site has others below it: a count, a categorical, bits within a product, rows of a plate."""
+    finite = dist.constraints.integer_interval(0, 3)
+    support: Any = dist.constraints.nonnegative_integer if name == "count" else finite
+    shape = (2,) if name == "codes" else ()
+
+    def log_joint(z: Latents) -> Array:
+        return (
+            jnp.sum(0.7 * z["a"] - 0.3 * z["a"] ** 2)
+            - 0.5 * jnp.sum((z["x"] - z["a"]) ** 2)
+            - 0.1 * jnp.sum(z["x"] ** 2)
+        )
+
+    latents = {"a": hivi.Latent(shape, support), "x": hivi.Latent(shape)}
+    parts = {"a": hivi.MeanField(), "x": hivi.MeanField()}
+    if name == "codes":
+        return hivi.from_log_joint(log_joint, latents), {"a": hivi.Codes(bits=2), "x": hivi.MeanField()}, "code of a"
+    if name == "rows":
+        return (
+            hivi.from_numpyro(rows_model, jnp.array([0.5, 2.0, 4.0]), subsample={"data": 2}),
+            hivi.Structured(parts),
+            "a",
+        )
+    return hivi.from_log_joint(log_joint, latents), hivi.Structured(parts), "a"
+
+
+def rows_model(y: Array) -> None:
+    with numpyro.plate("data", len(y)):
+        a = numpyro.sample("a", dist.Poisson(1.0))
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(a, 1.0)), 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("count", hivi.Difference()),
+        ("categorical", hivi.LocalExpectation()),
+        pytest.param("categorical", hivi.DisARM(), marks=pytest.mark.slow),
+        ("codes", hivi.LocalExpectation()),
+        ("rows", hivi.Difference()),
+    ],
+    ids=str,
+)
+def test_strategies_above_others_have_the_mean_of_the_score(name, strategy):
+    """By simulation, against the score of the whole log-weight, whose mean is exact by enumeration elsewhere."""
+    model, family, site = above_others(name)
+    proposal = perturbed(build_proposal(family, model.sites, jax.random.key(0)), jax.random.key(1), 0.3)
+    chosen = hivi.Auto(cheap=1000).resolve(model, proposal, hivi.Elbo())
+    found, count = [], 20_000
+    for number, own in enumerate((HierarchicalScore(), strategy)):
+        setting = Setting(model, proposal, hivi.Elbo(), 4)
+        mean, variance = moments(setting, {**chosen, site: own}, jax.random.key(number), count)
+        found.append((mean, variance / count))
+    (a, va), (b, vb) = found
+    assert float(jnp.sqrt(jnp.sum(va + vb))) < 0.08 * float(jnp.linalg.norm(a)), "not precise enough to judge"
+    noisy = va + vb > 1e-12
+    assert float(jnp.max(jnp.abs(a - b)[noisy] / jnp.sqrt(va + vb)[noisy])) < 4.5
+    np.testing.assert_allclose(a[~noisy], b[~noisy], atol=1e-5)
+
+
+def test_too_many_redraws_are_refused():
+    latents = {"a": hivi.Latent((100,), dist.constraints.integer_interval(0, 3)), "x": hivi.Latent()}
+    model = hivi.from_log_joint(lambda z: -0.5 * (z["x"] - jnp.sum(z["a"])) ** 2, latents)
+    family = hivi.Structured({"a": hivi.MeanField(), "x": hivi.MeanField()})
+    options: dict[str, Any] = {"key": jax.random.key(0), "steps": 1, "progress": False}
+    with pytest.raises(FitError, match="300 moves would draw all of them anew"):
+        hivi.fit(model, family, estimator={"a": hivi.LocalExpectation()}, **options)
 
 
 def test_control_draws_below_a_moved_bit_must_move(monkeypatch):

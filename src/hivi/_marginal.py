@@ -126,8 +126,12 @@ def marginal_khat(fit: Fit, *, key: Key, samples: int = 1000) -> KHat:
     log_q, noise, inner = _log_density(fit.proposal, target, z, k_density)
     log_w = np.asarray(log_p, np.float64) - log_q
     if not np.isfinite(log_q).all():
-        found = f"log q(z) that is no number at {np.sum(~np.isfinite(log_q))} of {samples} draws of q itself"
-        cure = "r(lambda|z) misses the lambdas that q draws from: fit longer, or take another auxiliary"
+        found = f"log q(z) that is not finite at {np.sum(~np.isfinite(log_q))} of {samples} draws of q itself"
+        cure = (
+            "its own density overflows: fit again with a lower learning_rate, or in float64"
+            if inner == 0
+            else "r(lambda|z) misses the lambdas that q draws from: fit longer, or take another auxiliary"
+        )
         raise FitError(message("marginal_khat", found, "a finite density at every draw", cure))
     if np.isnan(log_w).any() or np.isposinf(log_w).any() or np.isneginf(log_w).all():
         cure = "check the model there (a log of zero, an impossible value)"
@@ -258,6 +262,8 @@ def _log_density(
                 return found[0], 0.0, 0
         values = np.stack(found)
         top = values.max(0)
+        if np.isneginf(top).any():  # no draw of lambda that could have made this z: more will not help
+            return top, np.inf, INNER * len(found)
         share = np.exp(values - top)
         errors = share.std(0, ddof=1) / share.mean(0) / np.sqrt(len(found))
         noise = float(np.sqrt(np.mean(errors**2)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Latent:
         (2,)
     """
 
-    shape: tuple[int, ...] = ()
+    shape: Sequence[SupportsIndex] = ()
     support: Constraint = dataclasses.field(default_factory=lambda: constraints.real)
     plates: Mapping[str, int] = dataclasses.field(default_factory=dict)
 

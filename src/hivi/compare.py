@@ -139,7 +139,7 @@ def compare(
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
     wanted = grow and any(_growing(f) for f in chosen.values())
     if mean_field is not None or wanted:
-        announce("compare: mean-field, at which others begin", progress)
+        announce("compare: mean-field" + (", at which others begin" if wanted else ""), progress)
     base = _try_fit(target, MeanField(), keys, settings) if mean_field is not None or wanted else None
     curved = _curved(base, keys)
     rows: list[Row] = []

@@ -53,7 +53,7 @@ class Auto(AbstractEstimator):
     Args:
         budget: the most evaluations of a site's factors that one draw may cost with an exact strategy.
         cheap: up to this many evaluations an exact strategy is taken without measurement; 0 measures always.
-        work: up to this many elementary operations a draw (evaluations times those of log p), too.
+        work: up to this many elementary operations a draw (evaluations times those of log p), too; not if `cheap` is 0.
 
     Example:
         >>> import hivi
@@ -68,7 +68,7 @@ class Auto(AbstractEstimator):
 
     budget: int = 256
     cheap: int = 16
-    work: float = 1e5
+    work: int = 100_000
 
     def choose(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> list[Choice]:
         """One choice per site, with the number of evaluations it costs and the reason."""

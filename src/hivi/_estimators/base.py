@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -13,13 +14,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
-from hivi._errors import FitError, message
+from hivi._errors import FitError, TargetError, message
 from hivi._factored import Factored
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Latents, Site
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree
 
+MOST_REDRAWS = 256
+"""Draws of all that depends on a variable, for each draw of it, beyond which a strategy is refused."""
 Increment = Callable[[Array], Array]
 """Change of one draw's log-weight (samples, outer, branches, ...) -> change of the bound, same shape."""
 
@@ -142,7 +145,7 @@ def _redraws(above: Callable[[Array], Array], z: Array, moved: Array) -> Array:
         number, value = move
         return above(z.reshape(-1).at[number].set(value).reshape(z.shape))
 
-    return jax.lax.map(one, (coordinates, moved.reshape(-1)), batch_size=32).reshape(moved.shape)
+    return jax.lax.map(one, (coordinates, moved.reshape(-1)), batch_size=8).reshape(moved.shape)
 
 
 class AbstractStrategy(eqx.Module):
@@ -161,6 +164,10 @@ class AbstractStrategy(eqx.Module):
     def remembers(self) -> bool:
         """Whether it learns from step to step (`start`, `learn`)."""
         return False
+
+    def redraws(self, site: Site) -> int:
+        """Draws that it makes anew of all that depends on a variable, for each draw of it."""
+        return 0
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         """What it remembers of a site before the first step."""
@@ -276,12 +283,14 @@ class Fixed(AbstractEstimator):
         def reason_for(site: Site, strategy: AbstractStrategy) -> str | None:
             if site.name in above and not strategy.whole:
                 return "other draws depend on it, and this strategy takes them as they are"
+            if site.name in above and strategy.redraws(site) > MOST_REDRAWS:
+                return f"other draws depend on it, and {strategy.redraws(site)} moves would draw all of them anew"
             return strategy.refusal(site, conditionals.get(site.name)) or strategy.unsuited(site, proposal, linear)
 
         out = self.otherwise.resolve(target, proposal, bound)
         if isinstance(self.strategies, Mapping):
             for name in self.strategies:
-                _ = known[name] if name in known else target.site(name)
+                _check_name(name, list(known))
             wanted = dict(self.strategies)
         else:
             suited = [s.name for s in target.sites if s.discrete or not reason_for(s, self.strategies)]
@@ -308,6 +317,13 @@ class Fixed(AbstractEstimator):
         if not isinstance(self.strategies, Mapping):
             return ()
         return tuple(n for n in self.otherwise.undecided(target, proposal, bound) if n not in self.strategies)
+
+
+def _check_name(name: str, known: list[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        cure = f"did you mean {close[0]!r}?" if close else "correct the name"
+        raise TargetError(message(f"site {name!r} of the estimator", "no such latent", f"one of {known}", cure))
 
 
 def abstract_conditionals(proposal: AbstractProposal) -> dict[str, Conditional]:

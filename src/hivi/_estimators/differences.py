@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import jax
@@ -19,7 +20,8 @@ class LocalExpectation(AbstractStrategy):
     """Sum over every value of z_i with the other latents as drawn: no noise from z_i itself.
 
     `grad E[f] = sum_v grad q(v|lambda_i) E[f(z_i=v) - f(z)]`. The cost is (values - 1) x (colours of the site), not the
-    number of coordinates: coordinates that share no factor move together.
+    number of coordinates: coordinates that share no factor move together. On variables above other draws (the bits of
+    `Codes`, discrete earlier groups of `Structured`) it is (values - 1) x coordinates draws of all that depends on them.
 
     Args:
         coupled: average over the draw and its DisARM partner, which differs from it wherever it can: twice the cost, and the
@@ -37,6 +39,9 @@ class LocalExpectation(AbstractStrategy):
     @property
     def whole(self) -> bool:
         return not self.coupled
+
+    def redraws(self, site: Site) -> int:
+        return (site.values.count - 1) * math.prod(site.batch_shape)
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
@@ -79,6 +84,9 @@ class Difference(AbstractStrategy):
     @property
     def whole(self) -> bool:
         return True
+
+    def redraws(self, site: Site) -> int:
+        return math.prod(site.batch_shape)
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:

@@ -17,7 +17,17 @@ from hivi._tree import PyTree
 class HierarchicalScore(AbstractStrategy):
     """grad log q(c_j) times the whole log-weight, less its mean over the other draws.
 
-    z was drawn given c, so every term of log p is downstream of each c_j: no term may be left out, unlike for z itself.
+    z was drawn given c, so every term of log p is downstream of each c_j: no term may be left out, unlike for z itself
+    (the hierarchical-sampling score gradient, Chaney 2015). It needs two draws or more in a step for its baseline.
+
+    Example:
+        >>> import hivi
+        >>> from numpyro.distributions import constraints
+        >>> target = hivi.from_log_joint(
+        ...     lambda z: 0.5 * z["z"], latents={"z": hivi.Latent(shape=(3,), support=constraints.boolean)}
+        ... )
+        >>> "code of z  HierarchicalScore" in hivi.Auto().explain(target, hivi.Codes(bits=2))
+        True
     """
 
     detached: ClassVar[bool] = True

@@ -86,6 +86,9 @@ class AbstractProposal(eqx.Module):
 
         With the same key, all the rest is as `propose` draws it.
         """
+        assert not (self.upstream | {s.name for s in self.above}), (
+            f"{type(self).__name__} must say what depends on them"
+        )
         return self.propose(key, branch)
 
     def landable(self, site: str) -> bool:

@@ -72,7 +72,8 @@ def fit(
         optimizer: any Optax optimiser (it minimises the negative bound); None takes Adam with warm-up, and with a cosine
             decay that starts when the bound has levelled off.
         learning_rate: of the default optimiser; None takes the family's: 0.01, or 0.002 in standardised coordinates.
-        tolerance: stop when the smoothed bound rises by less than this many of its standard errors; None runs every step.
+        tolerance: stop when the smoothed bound rises by less than this many of its standard errors, from 2,000 steps on; None
+            runs every step.
         progress: show a progress bar on a terminal.
         checkpoint: a folder; where it holds an interrupted run of the same configuration, that run is resumed, bit for bit.
         throw: raise `FitError` when the fit fails; otherwise return the last good state, with `converged` False.
@@ -223,7 +224,7 @@ def _check_kinds(target: Any, key: Any) -> None:
     if not isinstance(target, Target):
         found, cure = (
             f"a {type(target).__name__}",
-            "wrap it: hivi.from_numpyro(model, data), or hivi.from_log_joint(...)",
+            "wrap it: hivi.from_numpyro(model, ...), from_pymc(...), or from_log_joint(...)",
         )
         raise FitError(message("fit(target)", found, "a hivi target", cure))
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,29 @@ def _terms(target: Target, draws: Latents) -> list[Array]:
 
 
 def settled(folder: Path | None, identity: str, sites: tuple[str, ...]) -> dict[str, AbstractStrategy]:
-    """What an interrupted run of this configuration measured for these sites; empty where a folder holds none."""
+    """What the interrupted run that a folder holds measured for these sites; empty where there is none.
+
+    Raises:
+        LoadError: the folder holds a run of another configuration.
+    """
     if folder is None or not (folder / "checkpoint.safetensors").exists():
         return {}
     meta = store.read(folder, "checkpoint")[1]
+    _check_identity(folder, meta, identity)
     chosen, known = meta.get("strategies", {}), {label(s): s for s in CANDIDATES}
-    same = meta["identity"] == identity and all(chosen.get(n) in known for n in sites)
-    return {n: known[chosen[n]] for n in sites} if same else {}
+    return {n: known[chosen[n]] for n in sites} if all(chosen.get(n) in known for n in sites) else {}
+
+
+def _check_identity(folder: Path, meta: dict[str, Any], identity: str) -> None:
+    if meta["identity"] != identity:
+        raise LoadError(
+            message(
+                f"checkpoint {folder}",
+                "a run of another configuration (model, data, family, key, steps or options differ)",
+                "the same configuration",
+                "choose another folder, or delete this one",
+            )
+        )
 
 
 class Run:
@@ -188,15 +205,11 @@ class Run:
         if self.folder is None or not (self.folder / "checkpoint.safetensors").exists():
             return
         arrays, meta = store.read(self.folder, "checkpoint")
-        if meta["identity"] != self.identity:
-            raise LoadError(
-                message(
-                    f"checkpoint {self.folder}",
-                    "a run of another configuration (model, data, family, key, steps or options differ)",
-                    "the same configuration",
-                    "choose another folder, or delete this one",
-                )
-            )
+        _check_identity(self.folder, meta, self.identity)
+        chosen = {n: label(s) for n, s in self.plan.strategies}
+        if meta.get("strategies") != chosen:
+            found, cure = f"gradients by {meta.get('strategies')}", "choose another folder, or delete this one"
+            raise LoadError(message(f"checkpoint {self.folder}", found, f"{chosen}", cure))
         self.state = store.unpack(self.state, arrays, self.folder)
         self.elbo, self.stderr = arrays["history.elbo"], arrays["history.stderr"]
         self.last, self.converged, self.recoveries = meta["last"], meta["converged"], meta["recoveries"]

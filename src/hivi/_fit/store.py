@@ -181,7 +181,9 @@ def write(folder: Path, name: str, arrays: Mapping[str, np.ndarray], meta: Mappi
     save_file(dict(arrays), temporary, metadata={"hivi": json.dumps(meta)})
     with temporary.open("rb+") as handle:
         os.fsync(handle.fileno())
-    temporary.chmod(folder.stat().st_mode & 0o666)  # as readable as its folder; safetensors keeps it to the owner
+    temporary.chmod(
+        0o600 | folder.stat().st_mode & 0o044
+    )  # as readable as its folder; safetensors keeps it to the owner
     temporary.replace(target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,7 +70,8 @@ def from_log_joint(
         factored = factorise(terms, example, data, {}, overrides=differences)
     except KeyError as error:
         if error.args[:1] and isinstance(error.args[0], str) and error.args[0] not in latents:
-            found, cure = f"the key {error.args[0]!r}, which no latent has", "correct the name, or describe that latent"
+            found = f"a look-up of {error.args[0]!r}, which is no latent's name"
+            cure = "correct the name, describe that latent, or, if it is a look-up in data of yours, see what they have"
             raise TargetError(message("log_joint", found, f"one of {list(latents)}", cure)) from error
         raise
     except jax.errors.JAXTypeError as error:
@@ -82,13 +84,14 @@ def _site(name: str, latent: Latent) -> Site:
         raise TargetError(
             message(f"latent {name!r}", repr(latent), "a hivi.Latent", "hivi.Latent(shape=..., support=...)")
         )
-    if not isinstance(latent.shape, tuple) or not all(isinstance(n, int) and n > 0 for n in latent.shape):
-        raise TargetError(
-            message(
-                f"latent {name!r}", f"shape={latent.shape!r}", "a tuple of positive integers", "for example shape=(3,)"
-            )
-        )
-    return make_site(name, tuple(latent.shape), latent.support, tuple(latent.plates.items()))
+    try:
+        shape = tuple(operator.index(n) for n in latent.shape)
+    except TypeError:
+        shape = (0,)
+    if any(n < 1 for n in shape):
+        found, cure = f"shape={latent.shape!r}", "for example shape=(3,)"
+        raise TargetError(message(f"latent {name!r}", found, "a tuple of positive integers", cure))
+    return make_site(name, shape, latent.support, tuple(latent.plates.items()))
 
 
 def constrain_with_jacobian(site: Site, value: Any) -> tuple[Any, Any]:
