@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, message
@@ -38,6 +39,8 @@ from hivi._target.base import Target, check_start, full_size
 from hivi._tree import Key, finite
 
 DENSE_LIMIT = 400
+REFINING = 0.002
+"""Learning rate of families that start at the best Gaussian."""
 
 
 def fit(
@@ -71,7 +74,7 @@ def fit(
         estimator: `Auto()` if None; or one strategy, or a dict from site to strategy.
         optimizer: any Optax optimiser (it minimises the negative bound); None takes Adam with warm-up, and with a cosine
             decay that starts when the bound has levelled off.
-        learning_rate: of the default optimiser; None takes the family's: 0.01, or 0.002 in standardised coordinates.
+        learning_rate: of the default optimiser; None takes 0.01, or 0.002 where the family starts at the best Gaussian.
         tolerance: stop when the smoothed bound rises by less than this many of its standard errors, from 2,000 steps on; None
             runs every step.
         progress: show a progress bar on a terminal.
@@ -111,10 +114,14 @@ def fit(
         family = default_family(target) if start is None else start.family
     bound = Elbo() if bound is None else bound
     k_build, k_check, k_run = jax.random.split(key, 3)
-    proposal = _continue(start, target, family) if start is not None else _begin(target, family, k_build, k_check)
+    if start is None:
+        proposal, usual = _begin(target, family, k_build, k_check)
+    else:
+        proposal = _continue(start, target, family)
+        usual = proposal.learning_rate
     _refuse_conjugate(proposal)
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
-    rate = proposal.learning_rate if learning_rate is None else learning_rate
+    rate = usual if learning_rate is None else learning_rate
     chosen = default_optimizer(rate) if optimizer is None else optimizer
     estimator = _resolve(estimator)
     plan = Plan((), bound, samples, chosen, optimizer is None, mesh).using(estimator.resolve(target, proposal, bound))
@@ -150,12 +157,18 @@ def fit(
     )
 
 
-def _begin(target: Target, family: Any, k_build: Key, k_check: Key) -> AbstractProposal:
-    """The built family; at the best Gaussian, where it starts there and the target is used whole."""
+def _begin(target: Target, family: Any, k_build: Key, k_check: Key) -> tuple[AbstractProposal, float]:
+    """The built family, at the best Gaussian where it starts there and the target is used whole; and its learning rate."""
     proposal = build_proposal(family, target.sites, k_build)
-    if not full_size(target):
-        return proposal
-    return proposal.started(lambda: best_gaussian(target, proposal.sites, jax.random.fold_in(k_check, 2)))
+    found: list[tuple[Array, Array]] = []
+
+    def search() -> tuple[Array, Array]:
+        found.append(best_gaussian(target, proposal.sites, jax.random.fold_in(k_check, 2)))
+        return found[0]
+
+    started = proposal.started(search) if full_size(target) else proposal
+    # At an optimum, long steps only shake it.
+    return started, min(REFINING, proposal.learning_rate) if found else proposal.learning_rate
 
 
 def _refuse_conjugate(proposal: AbstractProposal) -> None:
