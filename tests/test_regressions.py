@@ -233,6 +233,7 @@ def test_newcomers_mistakes_are_named(tmp_path: Path) -> None:
         hivi.fit(target, {"taw": hivi.MeanField()}, key=jax.random.key(0))
     with pytest.raises(hivi.TargetError, match="did you mean 'tau'"):
         hivi.fit(target, estimator={"taw": hivi.Pathwise()}, key=jax.random.key(0))
+    assert repr(target) == "Target('log_joint': tau real (); 1 terms)"
     fit = hivi.fit(target, hivi.MeanField(), **QUICK)
     with pytest.raises(hivi.FitError, match="at least 1"):
         fit.sample(jax.random.key(0), -3)

@@ -126,6 +126,11 @@ class Target(eqx.Module):
     features: Callable[[Latents, PyTree], Array] | None = eqx.field(static=True, default=None)
     origin: AbstractOrigin | None = eqx.field(static=True, default=None)
 
+    def __repr__(self) -> str:
+        """Name and sites; `hivi.explain` says the rest."""
+        sites = ", ".join(f"{s.name} {s.values.kind} {s.shape}" for s in self.sites)
+        return f"Target({self.name!r}: {sites}; {len(self.factored.factors)} terms)"
+
     def site(self, name: str) -> Site:
         """The site of that name.
 
