@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class HiviError(Exception):
     """Base class of every error that hivi raises on purpose."""
@@ -30,3 +33,9 @@ class CorpusError(HiviError, ValueError):
 def message(where: str, found: str, expected: str, cure: str) -> str:
     """Format the four parts of an error: where, found, expected, cure."""
     return f"{where}: found {found}; expected {expected}. Cure: {cure}"
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The cure for a name that is not known: the one that is spelt most like it, where there is one."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {close[0]!r}?" if close else otherwise

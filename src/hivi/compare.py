@@ -138,9 +138,10 @@ def compare(
     settings = {"steps": steps, "samples": samples, "progress": progress, **options}
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
     wanted = grow and any(_growing(f) for f in chosen.values())
+    base = None
     if mean_field is not None or wanted:
         announce("compare: mean-field" + (", at which others begin" if wanted else ""), progress)
-    base = _try_fit(target, MeanField(), keys, settings) if mean_field is not None or wanted else None
+        base = _try_fit(target, MeanField(), keys, settings)
     curved = _curved(base, keys)
     rows: list[Row] = []
     fits: dict[str, Fit] = {}

@@ -85,7 +85,7 @@ class Auto(AbstractEstimator):
             else _continuous(s, proposal, bound)
             for s in target.sites
         ] + [
-            Choice(s.name, HierarchicalScore(), 1, "the family's own, and other draws depend on it: as above")
+            Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
             for s in proposal.above
         ]
 

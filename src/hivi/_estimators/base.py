@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
-from hivi._errors import FitError, TargetError, message
+from hivi._errors import FitError, TargetError, message, nearest
 from hivi._factored import Factored
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Latents, Site
@@ -321,8 +320,7 @@ class Fixed(AbstractEstimator):
 
 def _check_name(name: str, known: list[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        cure = f"did you mean {close[0]!r}?" if close else "correct the name"
+        cure = nearest(name, known, "correct the name")
         raise TargetError(message(f"site {name!r} of the estimator", "no such latent", f"one of {known}", cure))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hivi._errors import FamilyError, message
+from hivi._errors import FamilyError, message, nearest
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
 from hivi._families.rows import by_rows
 from hivi._space import Latents, Plate, Site
@@ -67,39 +66,23 @@ def grouped(
             )
         )
     taken: dict[str, list[Site]] = {pattern: [] for pattern in family}
+    alone: list[str] = []
     for site in sites:
         pattern = next((p for p in family if p == site.name or re.fullmatch(p, site.name)), None)
         if pattern is None:
-            raise FamilyError(
-                message(
-                    f"site {site.name!r}",
-                    f"no family among the keys {list(family)}",
-                    "one family for every site",
-                    _cure(site.name, list(family)),
-                )
-            )
-        taken[pattern].append(site)
-    for pattern, group in taken.items():
-        if not group:
-            raise FamilyError(
-                message(
-                    f"family key {pattern!r}",
-                    "no site that it matches",
-                    f"one of the sites {[s.name for s in sites]}",
-                    _other(pattern, [s.name for s in sites]),
-                )
-            )
+            alone.append(site.name)
+        else:
+            taken[pattern].append(site)
+    names = [s.name for s in sites]
+    for pattern in (p for p, group in taken.items() if not group):  # first: a misspelt key leaves its site without one
+        cure = nearest(pattern, alone, "correct the name, or drop the key")
+        raise FamilyError(
+            message(f"family key {pattern!r}", "no site that it matches", f"one of the sites {names}", cure)
+        )
+    if alone:
+        found, cure = f"no family among the keys {list(family)}", 'add a key for it, or a last key ".*"'
+        raise FamilyError(message(f"site {alone[0]!r}", found, "one family for every site", cure))
     return [(family[pattern], tuple(group)) for pattern, group in taken.items()]
-
-
-def _cure(name: str, keys: list[str]) -> str:
-    close = difflib.get_close_matches(name, keys, 1)
-    return f"did you mean {name!r} for {close[0]!r}?" if close else 'add a key for it, or a last key ".*"'
-
-
-def _other(key: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(key, names, 1)
-    return f"did you mean {close[0]!r}?" if close else "correct the name, or drop the key"
 
 
 def _by_plate(family: AbstractFamily, sites: tuple[Site, ...]) -> dict[Plate | None, tuple[Site, ...]]:

@@ -114,11 +114,7 @@ def fit(
         family = default_family(target) if start is None else start.family
     bound = Elbo() if bound is None else bound
     k_build, k_check, k_run = jax.random.split(key, 3)
-    if start is None:
-        proposal, usual = _begin(target, family, k_build, k_check)
-    else:
-        proposal = _continue(start, target, family)
-        usual = proposal.learning_rate
+    proposal, usual = _begin(target, family, k_build, k_check) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     rate = usual if learning_rate is None else learning_rate
@@ -131,11 +127,10 @@ def fit(
     identity = "" if folder is None else _identity(target, family, plan, key, settings, state)
     undecided = estimator.undecided(target, proposal, bound)
     if undecided:
-        found = settled(folder, identity, undecided)
-        if not found:
-            text = f"measuring gradient strategies for {', '.join(undecided)}; estimator={{...}} would choose them"
-            announce(f"{_label(family)}: {text}", progress)
-        plan = plan.using(found or _measured(plan, undecided, target, state, jax.random.fold_in(k_check, 1)))
+        found = settled(folder, identity, undecided) or _measured(
+            plan, undecided, target, state, jax.random.fold_in(k_check, 1), progress
+        )
+        plan = plan.using(found)
         state = initial_state(proposal, target, plan, k_run, steps)
     if mesh is not None:
         state, target = _on_mesh(state, target, plan, mesh)
@@ -184,9 +179,10 @@ def _refuse_conjugate(proposal: AbstractProposal) -> None:
 
 
 def _measured(
-    plan: Plan, undecided: tuple[str, ...], target: Target, state: State, key: Key
+    plan: Plan, undecided: tuple[str, ...], target: Target, state: State, key: Key, progress: bool
 ) -> dict[str, AbstractStrategy]:
     """The plan's strategies, those of undecided sites by measurement after a few steps."""
+    announce(f"measuring gradient strategies for {', '.join(undecided)}; estimator={{...}} would choose them", progress)
     setting = Setting(target, _warm(state, target, plan), plan.bound, plan.samples)
     return settle(dict(plan.strategies), undecided, setting, key)
 
@@ -269,7 +265,8 @@ def _resolve(estimator: Any) -> AbstractEstimator:
     return estimator if isinstance(estimator, AbstractEstimator) else Fixed(estimator, Auto())
 
 
-def _continue(start: Fit, target: Target, family: Any) -> AbstractProposal:
+def _continue(start: Fit, target: Target, family: Any) -> tuple[AbstractProposal, float]:
+    """The parameters of an earlier fit, and their learning rate."""
     if start.sites != target.sites:
         raise FitError(
             message(
@@ -287,4 +284,4 @@ def _continue(start: Fit, target: Target, family: Any) -> AbstractProposal:
                 "fit(start=...)", f"a fit of {_label(start.family)}", f"a fit of {_label(family)}", "leave `family` out"
             )
         )
-    return start.proposal
+    return start.proposal, start.proposal.learning_rate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hivi._errors import TargetError, message
+from hivi._errors import TargetError, message, nearest
 from hivi._factored import Factored
 from hivi._locality.base import Factor
 from hivi._space import Latents, Plate, Site, constrain
@@ -141,8 +140,7 @@ class Target(eqx.Module):
             if s.name == name:
                 return s
         names = [s.name for s in self.sites]
-        close = difflib.get_close_matches(name, names, 1)
-        cure = f"did you mean {close[0]!r}?" if close else "correct the name"
+        cure = nearest(name, names, "correct the name")
         raise TargetError(message(f"site {name!r}", "no such latent", f"one of {names}", cure))
 
     def all_rows(self) -> Rows:
