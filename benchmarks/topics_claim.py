@@ -67,15 +67,18 @@ def row(corpus: Corpus, latent: Any, layers: tuple[int, ...]) -> dict[str, float
 
 
 def main() -> None:
-    """Every row; the table is written anew after each."""
-    found: dict[str, dict[str, float]] = {}
+    """Every row that is not there yet; the table is written anew after each."""
+    path = RESULTS / "topics_claim.json"
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
     for name, corpus in corpora().items():
         for latent in ("poisson", "bernoulli", "gamma"):
             for layers in DEPTHS:
                 key = f"{name}|{latent}|{'-'.join(map(str, layers))}"
+                if key in found:
+                    continue
                 found[key] = row(corpus, latent, layers)
                 print(key, found[key], flush=True)
-                (RESULTS / "topics_claim.json").write_text(json.dumps(found, indent=1) + "\n")
+                path.write_text(json.dumps(found, indent=1) + "\n")
                 table(found)
 
 

@@ -373,6 +373,50 @@ def test_nan_observations_are_refused():
         from_numpyro(hmm, y.ravel())
 
 
+def seen(fn, y, mask=True):
+    numpyro.sample("loc", dist.Normal(0, 1))
+    with numpyro.plate("n", 3):
+        numpyro.sample("y", fn.mask(mask), obs=y)
+
+
+IMPOSSIBLE = {
+    "negative count": (dist.Poisson(1.0), [1, -2, 3]),
+    "half a count": (dist.Poisson(1.0), [1, 2.5, 3]),
+    "binary 2": (dist.Bernoulli(0.5), [1, 2, 0]),
+    "category 3": (dist.Categorical(jnp.ones(3) / 3), [0, 3, 2]),
+    "more than all": (dist.Binomial(2, 0.5), [0, 3, 2]),
+    "negative time": (dist.Exponential(1.0), [1.0, -1.0, 2.0]),
+    "outside the interval": (dist.Uniform(0.0, 1.0), [0.5, 1.5, 0.5]),
+    "multinomial of another total": (dist.Multinomial(2, jnp.ones(2) / 2), [[1, 1], [2, 1], [0, 2]]),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_observations_are_refused_unless_they_are_masked(case):
+    fn, y = IMPOSSIBLE[case]
+    with pytest.raises(TargetError, match=r"'y'.*outside the support of \w+, first at index \[1\];.*Cure: "):
+        from_numpyro(seen, fn, jnp.array(y))
+    from_numpyro(seen, fn, jnp.array(y), np.array([True, False, True]))
+
+
+def test_the_ends_of_a_support_and_supports_that_depend_on_latents_are_allowed():
+    from_numpyro(seen, dist.Exponential(1.0), jnp.array([0.0, 1.0, 2.0]))
+    from_numpyro(seen, dist.Uniform(0.0, 1.0), jnp.array([0.0, 1.0, 0.5]))
+
+    def model(y):
+        end = numpyro.sample("end", dist.Exponential(1.0))
+        numpyro.sample("y", dist.Uniform(-1.0, end).expand([3]).to_event(1), obs=y)
+
+    from_numpyro(model, jnp.array([0.0, 5.0, 0.5]))
+
+
+def test_observations_that_are_no_array_or_of_another_shape_are_refused():
+    with pytest.raises(TargetError, match=r"'y'.*a list.*Cure: obs=jnp.asarray\(y\)"):
+        from_numpyro(seen, dist.Poisson(1.0), [1, 2, 3])
+    with pytest.raises(TargetError, match=r"'y'.*shape \(2,\); expected a shape like \(3,\).*Cure: "):
+        from_numpyro(seen, dist.Poisson(1.0), jnp.array([1, 2]))
+
+
 def imputed(y, seen):
     loc = numpyro.sample("loc", dist.Normal(0, 1))
     with numpyro.plate("n", 6):

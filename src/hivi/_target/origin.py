@@ -15,7 +15,7 @@ from numpyro.infer import Predictive
 
 from hivi._space import Latents
 from hivi._target.base import AbstractOrigin, Observed
-from hivi._target.statements import unwrap
+from hivi._target.densities import unwrap
 from hivi._tree import Key, PyTree, compiled
 
 Trace = dict[str, dict[str, Any]]

@@ -12,17 +12,11 @@ import numpy as np
 from numpyro import handlers
 from numpyro import primitives as numpyro_primitives
 from numpyro.distributions import biject_to, constraints
-from numpyro.distributions.distribution import (
-    Delta,
-    ExpandedDistribution,
-    ImproperUniform,
-    Independent,
-    MaskedDistribution,
-    Unit,
-)
+from numpyro.distributions.distribution import Delta, ImproperUniform
 
 from hivi._errors import TargetError, message
 from hivi._space import make_site
+from hivi._target.densities import base_support, log_prob, outside_support, unwrap
 
 
 class Mismatch(ValueError):
@@ -93,6 +87,8 @@ class Reader(numpyro_primitives.Messenger):
         values: their values, in the model's own space.
         masks: masks on latent statements, ready to broadcast with the unconstrained value.
         missing: observed statements -> where an observation that counts is NaN.
+        outside: observed statements -> (the distribution's name, where an observation that counts is not in its
+            support).
         plates: plate -> (its size, the `subsample_size` that the model declares).
         subsamples: whether the model calls `numpyro.subsample`.
         enumerated: discrete latents that ask to be enumerated.
@@ -111,6 +107,7 @@ class Reader(numpyro_primitives.Messenger):
         self.values: dict[str, Any] = {}
         self.masks: dict[str, Any] = {}
         self.missing: dict[str, Any] = {}
+        self.outside: dict[str, tuple[str, Any]] = {}
         self.plates: dict[str, tuple[int, int | None]] = {}
         self.subsamples = False
         self.enumerated: list[str] = []
@@ -228,9 +225,16 @@ class Reader(numpyro_primitives.Messenger):
         draw = self._draws.get(name) if not msg["is_observed"] else None
         plates = tuple((frame.name, frame.dim) for frame in msg["cond_indep_stack"])
         if draw is None:
+            if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+                found, cure = f"observations as a {type(value).__name__}", f"obs=jnp.asarray({name})"
+                raise TargetError(message(f"site {name!r}", found, "an array or a number", cure))
+            self._check_shape(name, fn, value)
+            wrong = outside_support(base, mask, value) if msg["is_observed"] else None
+            if wrong is not None:
+                self.outside[name] = (type(base).__name__, wrong)
             if jnp.issubdtype(jnp.result_type(value), jnp.inexact) and jnp.size(value):
                 unseen = jnp.reshape(mask, jnp.shape(mask) + (1,) * base.event_dim)
-                self.missing[name] = jnp.isnan(value) & unseen
+                self.missing[name] = jnp.isnan(jnp.asarray(value)) & unseen
             array = log_prob(fn, value, fixed=not msg["is_observed"])
         else:
             array = log_prob(fn, value, keep_mask=self.masked)
@@ -241,6 +245,18 @@ class Reader(numpyro_primitives.Messenger):
         else:
             constant = float(scale)
         self._keep(name, Term(array, events, plates, constant))
+
+    def _check_shape(self, name: str, fn: Any, value: Any) -> None:
+        """Fixed values that do not broadcast with their distribution; in a minibatch that tells how data are sliced."""
+        shape, expected = jnp.shape(value), fn.shape()
+        try:
+            np.broadcast_shapes(shape, expected)
+        except ValueError as error:
+            if self.rows:
+                raise
+            cure = "compare the data's shape with the plates' sizes"
+            found = f"observations of shape {shape}"
+            raise TargetError(message(f"site {name!r}", found, f"a shape like {expected}", cure)) from error
 
     def _latent(self, msg: dict[str, Any], draw: _Draw, base: Any, mask: Any, array: Any) -> None:
         name, lead, jacobian = msg["name"], draw.lead, msg["intermediates"]
@@ -276,61 +292,6 @@ class Reader(numpyro_primitives.Messenger):
         seen = [(self.plates[f.name][0], f.size) for f in msg["cond_indep_stack"] if f.name in self.plates]
         ratio = math.prod(size / rows for size, rows in seen)
         return msg["scale"] if ratio == 1.0 else msg["scale"] / ratio
-
-
-def unwrap(fn: Any) -> tuple[Any, Any, int]:
-    """The distribution inside `expand`, `mask` and `to_event`; the mask; and the event axes that `to_event` made.
-
-    The mask broadcasts with the log-probabilities of the bare distribution: batch axes, then those event axes.
-    """
-    mask: Any = True
-    events = 0
-    while isinstance(fn, MaskedDistribution | Independent | ExpandedDistribution):
-        if isinstance(fn, MaskedDistribution) and fn._mask is not True:
-            mask = jnp.asarray(fn._mask) if mask is True else fn._mask & mask
-        elif isinstance(fn, Independent):
-            events += fn.reinterpreted_batch_ndims
-            mask = mask if mask is True else mask.reshape(mask.shape + (1,) * fn.reinterpreted_batch_ndims)
-        fn = fn.base_dist
-    return fn, mask, events
-
-
-def log_prob(fn: Any, value: Any, keep_mask: bool = True, fixed: bool = False) -> Any:
-    """Log-probabilities with as many axes as the distribution allows: sums stay visible, masks act per element.
-
-    Args:
-        fn: a distribution.
-        value: its value.
-        keep_mask: whether masked elements count 0; else masks are ignored.
-        fixed: whether the value is the distribution's own, as that of a Delta is.
-    """
-    base, mask, events = unwrap(fn)
-    mask = mask if keep_mask else True
-    shape = (*fn.batch_shape, *fn.event_shape[:events])
-    if isinstance(base, Unit):
-        array = jnp.asarray(base.log_factor)
-    elif fixed and isinstance(base, Delta):
-        array = jnp.asarray(base.log_density)
-    else:
-        # A masked value may be NaN: its log-density would be 0, but the gradient NaN.
-        array = base.log_prob(value if mask is True else _feasible(base, value, mask))
-    array = jnp.broadcast_to(array, jnp.broadcast_shapes(shape, jnp.shape(array)))
-    return array if mask is True else jnp.where(mask, array, 0.0)
-
-
-def _feasible(base: Any, value: Any, mask: Any) -> Any:
-    try:
-        other = base.support.feasible_like(value)
-    except NotImplementedError:
-        other = jnp.ones_like(value)
-    return jnp.where(mask.reshape(mask.shape + (1,) * base.event_dim), value, other)
-
-
-def base_support(support: Any) -> Any:
-    """A constraint without the event axes that `to_event` put around it."""
-    while hasattr(support, "base_constraint"):  # NumPyro's own class
-        support = support.base_constraint
-    return support
 
 
 def _blocks() -> int:

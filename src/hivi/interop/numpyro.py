@@ -17,10 +17,11 @@ from hivi._factored import Factored, factorise
 from hivi._space import Plate, Site, Values, make_site
 from hivi._target import checks, slicing
 from hivi._target.base import Target
+from hivi._target.densities import base_support
 from hivi._target.log_joint import traced_control_flow
 from hivi._target.origin import NumPyroOrigin
 from hivi._target.replay import replay
-from hivi._target.statements import Reader, base_support
+from hivi._target.statements import Reader
 from hivi._tree import compiled
 
 
@@ -40,7 +41,7 @@ def from_numpyro(
 
     A mask on a *latent* (also by `obs_mask=`, which makes `NAME_unobserved`) is dropped: masked coordinates keep
     their prior, which leaves the evidence as it is, provided that nothing else depends on them; that is checked.
-    Missing observations (NaN) must be masked.
+    Missing observations (NaN) must be masked; observations outside their distribution's support are refused.
 
     Refused, with the site's name and a cure: `param`, `module`, `mutable`, `prng_key`, supports without a bijection,
     Python control flow on a latent's value, latents in nested scans.
@@ -170,6 +171,7 @@ class _Found(NamedTuple):
 
     reader: Reader
     missing: dict[str, Any]
+    outside: dict[str, Any]
     masks: dict[str, Any]
     supports: dict[str, Any]
 
@@ -179,7 +181,7 @@ def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
     if not found.reader.latents:
         cure = "sample something without obs=; handlers.condition and substitute also fix latents"
         raise TargetError(message(f"model {name!r}", "no latent sample statement", "at least one", cure))
-    _check_missing(found)
+    _check_observations(found)
     plates = slicing.choose(found.reader.plates, requested)
     sites = _sites(found, plates)
     slices = slicing.find_slices(source.as_model(sites, plates)) if plates else {}
@@ -217,20 +219,19 @@ def _discover(source: _Source) -> _Found:
         for label, latent in reader.latents.items():
             if base_support(latent.support).is_discrete:
                 bounds[label] = latent.support
-        return [*reader.missing.values(), *reader.masks.values(), *jax.tree.leaves(bounds)]
+        impossible = [where for _, where in reader.outside.values()]
+        return [*reader.missing.values(), *impossible, *reader.masks.values(), *jax.tree.leaves(bounds)]
 
     jaxpr, consts, _ = _jaxprs.trace(flat, jnp.zeros(()), *source.data)
     reader = readers[-1]
     values = [_fixed(jaxpr, k, consts, source.data) for k in range(len(jaxpr.outvars))]
-    first, second = len(reader.missing), len(reader.missing) + len(reader.masks)
-    leaves, treedef = jax.tree.flatten(bounds)
-    known = [old if value is None else _one_number(value) for old, value in zip(leaves, values[second:], strict=True)]
-    return _Found(
-        reader,
-        dict(zip(reader.missing, values[:first], strict=True)),
-        dict(zip(reader.masks, values[first:second], strict=True)),
-        jax.tree.unflatten(treedef, known),
+    rest = iter(values)
+    missing, outside, masks = (
+        dict(zip(names, rest, strict=False)) for names in (reader.missing, reader.outside, reader.masks)
     )
+    leaves, treedef = jax.tree.flatten(bounds)
+    known = [old if value is None else _one_number(value) for old, value in zip(leaves, rest, strict=True)]
+    return _Found(reader, missing, outside, masks, jax.tree.unflatten(treedef, known))
 
 
 def _one_number(bound: Any) -> Any:
@@ -248,14 +249,27 @@ def _fixed(jaxpr: Any, output: int, consts: Sequence[Any], data: Sequence[Any]) 
     return _jaxprs.evaluate(small, [x for x, u in zip(inputs, used, strict=True) if u])[0]
 
 
-def _check_missing(found: _Found) -> None:
+def _check_observations(found: _Found) -> None:
     for label, missing in found.missing.items():
-        if missing is not None and bool(np.any(missing)):
-            places = np.argwhere(np.asarray(missing))
-            index, more = [int(i) for i in places[0]], len(places) - 1
-            text = f"NaN in the observations, first at index {index}" + (f" and at {more} more" if more else "")
+        if (places := _places(missing)) is not None:
             cure = "wrap the statement in numpyro.handlers.mask(mask=~jnp.isnan(y)), or leave these rows out"
-            raise TargetError(message(f"site {label!r}", text, "observed values, or a mask on missing ones", cure))
+            expected = "observed values, or a mask on missing ones"
+            raise TargetError(message(f"site {label!r}", f"NaN in the observations, {places}", expected, cure))
+    for label, outside in found.outside.items():
+        if (places := _places(outside)) is not None:
+            kind = found.reader.outside[label][0]
+            cure = "mend the data, or take the distribution that they come from (any log-density: numpyro.factor)"
+            text = f"observations outside the support of {kind}, {places}"
+            raise TargetError(message(f"site {label!r}", text, "values that the distribution can give", cure))
+
+
+def _places(wrong: Any) -> str | None:
+    """The first place, and how many more; None where there is none, or where it depends on the latents."""
+    if wrong is None or not np.any(wrong):
+        return None
+    places = np.argwhere(np.asarray(wrong))
+    more = len(places) - 1
+    return f"first at index {[int(i) for i in places[0]]}" + (f" and at {more} more" if more else "")
 
 
 def _sites(found: _Found, plates: Sequence[Plate]) -> tuple[Site, ...]:
