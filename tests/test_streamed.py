@@ -132,6 +132,41 @@ def test_gradient_of_a_shared_hierarchy_is_right():
     close(errors, right.mean(0), 0.1)
 
 
+CHOSEN: dict[str, Any] = {"z1": hivi.Pathwise(), "w0": Expectation()}
+
+
+@pytest.mark.parametrize("family", [hivi.MeanField(), SHARED], ids=["mean-field", "hierarchical"])
+def test_rates_of_gamma_latents_at_their_means_given_lambda_have_the_same_expectation(family):
+    """Value and gradient, against plain draws of the rates."""
+    target = deep_exponential_family(corpus(2, 3), Architecture((2,), "gamma", priors=PRIORS))
+    params, static = eqx.partition(proposal_of(target, family), eqx.is_inexact_array)
+    plain = dataclasses.replace(target, averaged=())
+
+    def both(key: Array) -> tuple[Array, Array]:
+        def of(p: Any, t: Target) -> Array:
+            return estimate(eqx.combine(p, static), t, CHOSEN, hivi.Elbo(), key, 1, target.all_rows())[0]
+
+        out = [jax.value_and_grad(of)(params, t) for t in (target, plain)]
+        return tuple(jnp.concatenate([v[None], flat(g)]) for v, g in out)
+
+    ours, theirs = (np.asarray(x, float) for x in quick(jax.vmap(both))(jax.random.split(jax.random.key(3), 4000)))
+    close(ours - theirs, theirs.mean(0), 0.1)
+
+
+def test_rates_of_a_hierarchy_over_sparse_gamma_latents_are_not_drawn():
+    """LogNormal with a log sd of 1.8, which a shape of 0.3 asks for: draws of the rates made such fits diverge."""
+    target = deep_exponential_family(corpus(2, 3), Architecture((2,), "gamma", priors=PRIORS))
+    built = proposal_of(target, SHARED)
+    lam = jnp.stack([jnp.full((2, 2), -1.0), jnp.full((2, 2), np.log(1.8))], -1)
+    wide = eqx.tree_at(lambda p: p.parts[1], built, built.parts[1].grown({"z1": lam}))
+
+    def noise(t: Target) -> float:
+        one = quick(jax.vmap(lambda k: estimate(wide, t, CHOSEN, hivi.Elbo(), k, 1, target.all_rows())[0]))
+        return float(np.var(one(jax.random.split(KEY, 2000))))
+
+    assert noise(target) < 0.1 * noise(dataclasses.replace(target, averaged=()))
+
+
 @pytest.mark.parametrize("kind", ["exact", "score"])
 def test_gradient_of_shared_rows_is_exact(kind):
     """Bernoulli units of two of four documents, every value of z, at one continuous noise: equal to rounding."""

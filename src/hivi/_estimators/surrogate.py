@@ -16,6 +16,7 @@ from hivi._estimators.expectation import Expectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._factored import factorise
 from hivi._families.base import AbstractProposal
+from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents
 from hivi._target.base import Rows, Target
 from hivi._tree import Key, PyTree, held, value_zero
@@ -79,7 +80,6 @@ def estimate(
     closed = {n: s for n, s in strategies.items() if isinstance(s, Expectation)}
     if closed:
         local = local.expecting(tuple(closed), plug_in=any(s.plug_in for s in closed.values()))
-    local = local.averaging(target.averaged) if target.averaged else local
     branches, log_pi = local.branches, local.log_weights()
     check_minibatch(target, bound, branches)
     known = memories(local, strategies) if memory is None else memory
@@ -141,7 +141,7 @@ def _draw(
     z, strategies = {**z, **hidden}, {**dict.fromkeys(hidden, HIDDEN), **strategies}
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
-    views = terms_by_view(target, z, proposal.views())
+    views = terms_by_view(target, z, views_of(target, proposal, context))
     p_terms = viewed_terms(target, views, rows)
     log_p = target.factored.total(p_terms)
     scales = proposal.scales()
@@ -194,7 +194,7 @@ def _above(
     def at(value: Array) -> Array:
         z, context = proposal.redrawn({site: value}, keys[0], branch)
         z = {**z, **proposal.hidden(context)}
-        views = terms_by_view(target, z, proposal.views())
+        views = terms_by_view(target, z, views_of(target, proposal, context))
         return target.factored.total(viewed_terms(target, views, rows)) - _total(proposal, z, context, keys[1], inner)
 
     return at
@@ -204,6 +204,19 @@ def _total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, in
     """`log_q` of a draw, summed."""
     scales, terms = proposal.scales(), proposal.log_q(z, context, key, inner)
     return sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
+
+
+def views_of(target: Target, proposal: AbstractProposal, context: PyTree) -> dict[str, Latents]:
+    """View -> means of sites to be used for the draws: of those in closed form, and log E[e^w|lambda] of averaged ones."""
+    out = {view: dict(means) for view, means in proposal.views().items()}
+    given = proposal.conditionals(context) if target.averaged else {}
+    for name in (n for n in target.averaged if n in given):
+        likelihood, lam = given[name]
+        if isinstance(likelihood, NormalLikelihood):
+            mean = likelihood.log_mean_exp(lam)
+            out.setdefault("logmeanexp", {})[name] = mean
+            out[f"logmeanexp {name}"] = {name: mean}
+    return out
 
 
 def terms_by_view(

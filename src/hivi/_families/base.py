@@ -193,12 +193,8 @@ class AbstractProposal(eqx.Module):
             )
         )
 
-    def averaging(self, sites: tuple[str, ...]) -> AbstractProposal:
-        """The proposal with log E[e^w] of these sites among its `views`, where it knows it; they are drawn all the same."""
-        return self
-
     def views(self) -> dict[str, Latents]:
-        """View ("mean", "logmeanexp", "logmeanexp NAME") -> means of sites, to be used for the draws; often empty."""
+        """View ("mean", "logmeanexp") -> means of sites in closed form, to be used for the draws; often empty."""
         return {}
 
     def natural(self, gradient: PyTree) -> PyTree:

@@ -47,19 +47,6 @@ class MeanFieldProposal(AbstractProposal):
 
     sites: tuple[Site, ...] = eqx.field(static=True)
     lam: dict[str, Array]
-    averaged: tuple[str, ...] = eqx.field(static=True, default=())
-
-    def averaging(self, sites: tuple[str, ...]) -> MeanFieldProposal:
-        return MeanFieldProposal(self.sites, self.lam, sites)
-
-    def views(self) -> dict[str, Latents]:
-        """Of a LogNormal variable e^w: log E[e^w] = location + variance / 2."""
-        means = {
-            s.name: self.lam[s.name][..., 0] + 0.5 * jnp.exp(2 * self.lam[s.name][..., 1])
-            for s in self.sites
-            if s.name in self.averaged and not s.discrete
-        }
-        return {"logmeanexp": means, **{f"logmeanexp {n}": {n: m} for n, m in means.items()}} if means else {}
 
     def propose(self, key: Key, branch: Array | int = 0) -> tuple[Latents, PyTree]:
         keys = jax.random.split(key, max(len(self.sites), 1))

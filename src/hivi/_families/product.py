@@ -206,9 +206,6 @@ class ProductProposal(AbstractProposal):
     def expecting(self, sites: tuple[str, ...], plug_in: bool = False) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.expecting(sites, plug_in) for p in self.parts))
 
-    def averaging(self, sites: tuple[str, ...]) -> ProductProposal:
-        return ProductProposal(self.sites, tuple(p.averaging(sites) for p in self.parts))
-
     def views(self) -> dict[str, Latents]:
         out: dict[str, Latents] = {}
         for p in self.parts:

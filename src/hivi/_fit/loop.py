@@ -106,13 +106,13 @@ def fit(
     if target.source is not None:
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
         return fit_streamed(
-            target, family, key=key, steps=steps, samples=samples, bound=Elbo() if bound is None else bound,
+            target, family, key=key, steps=steps, samples=samples, bound=_bound(bound),
             estimator=_resolve(estimator), learning_rate=0.01 if learning_rate is None else learning_rate, progress=progress,
         )  # fmt: skip
     chosen_for_them = family is None and start is None
     if family is None:
         family = default_family(target) if start is None else start.family
-    bound = Elbo() if bound is None else bound
+    bound = _bound(bound)
     k_build, k_check, k_run = jax.random.split(key, 3)
     proposal, usual = _begin(target, family, k_build, k_check) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
@@ -259,10 +259,24 @@ def _probe(optimizer: optax.GradientTransformation) -> list[Any]:
     return out
 
 
+def _bound(bound: Any) -> AbstractBound:
+    if bound is not None and not isinstance(bound, AbstractBound):
+        cure = "for example hivi.Elbo(), with its parentheses"
+        raise FitError(message("fit(bound=...)", repr(bound), "a bound, or None", cure))
+    return Elbo() if bound is None else bound
+
+
 def _resolve(estimator: Any) -> AbstractEstimator:
     if estimator is None:
         return Auto()
-    return estimator if isinstance(estimator, AbstractEstimator) else Fixed(estimator, Auto())
+    if isinstance(estimator, AbstractEstimator):
+        return estimator
+    for given in estimator.values() if isinstance(estimator, Mapping) else [estimator]:
+        if not isinstance(given, AbstractStrategy):
+            expected = "a strategy, a dict from site to strategy, or None"
+            cure = "such as hivi.Score() or hivi.LocalExpectation(), with its parentheses"
+            raise FitError(message("fit(estimator=...)", repr(given), expected, cure))
+    return Fixed(estimator, Auto())
 
 
 def _continue(start: Fit, target: Target, family: Any) -> tuple[AbstractProposal, float]:

@@ -13,7 +13,7 @@ from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.expectation import Expectation
-from hivi._estimators.surrogate import terms_by_view, viewed_terms
+from hivi._estimators.surrogate import terms_by_view, viewed_terms, views_of
 from hivi._families.base import AbstractProposal
 from hivi._fit.stream import at_blocks, conditioned
 from hivi._target.base import Target
@@ -33,7 +33,6 @@ def row_bounds(
     closed = tuple(n for n, s in strategies if isinstance(s, Expectation))
     proposal = conditioned(target, proposal)
     local = proposal.expecting(closed) if closed else proposal
-    local = local.averaging(target.averaged) if target.averaged else local
     rows = {p.name: jnp.arange(p.batch) for p in target.plates}
     mine = {s.name for s in target.sites if s.local is not None}
     (plate,) = target.plates
@@ -50,7 +49,7 @@ def row_bounds(
     def one(k: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(k)
         z, context = local.propose(k1)
-        views = terms_by_view(target, z, local.views())
+        views = terms_by_view(target, z, views_of(target, local, context))
         each, whole = jnp.zeros(plate.batch), jnp.zeros(())
         for factor, term in zip(target.factored.factors, viewed_terms(target, views, rows), strict=True):
             if mine & {name for name, _ in factor.scope} or (factor.shape[:1] == (plate.batch,) and not factor.scope):

@@ -38,6 +38,10 @@ class NormalLikelihood(AbstractLikelihood):
     def mean(self, lam: Array) -> Array:
         return lam[..., 0]
 
+    def log_mean_exp(self, lam: Array) -> Array:
+        """Log E[e^w] of the LogNormal variable e^w."""
+        return lam[..., 0] + 0.5 * jnp.exp(2 * lam[..., 1])
+
     def moves(self, z: Array) -> Array:
         return jnp.zeros((0, *z.shape), z.dtype)
 

@@ -28,6 +28,7 @@ from hivi._target.base import Target
 from hivi._target.base import explain as explain_target
 from hivi.cli import inputs, outputs
 from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
+from hivi.cli.strategies import Estimator, read_strategies
 from hivi.interop.numpyro import from_numpyro
 
 SHOWN = 40
@@ -89,6 +90,10 @@ FamilyName = Annotated[
     ),
 ]  # fmt: skip
 Steps = Annotated[int, typer.Option("--steps", min=1, help="The most gradient steps; a fit may end earlier.")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--learning-rate", help="Of Adam, before its decay; by default the family's usual one."),
+]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Monte Carlo samples per step.")]
 Out = Annotated[Path, typer.Option("--out", file_okay=False, metavar="RUN", help="Folder to write to.")]
 Draws = Annotated[int, typer.Option("--draws", min=2, help="Draws from the fitted posterior.")]
@@ -103,6 +108,8 @@ def fit(
     family: FamilyName = None,
     steps: Steps = 10_000,
     samples: Samples = 16,
+    estimator: Estimator = None,
+    learning_rate: Rate = None,
     out: Out = Path("runs/fit"),
     draws: Draws = 1000,
     subsample: Subsample = None,
@@ -119,13 +126,19 @@ def fit(
 
     Example: `hivi fit model.py:model --data data.csv --family hierarchical --subsample data=256 --out runs/first`
     """
+    strategies = read_strategies(estimator)
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise typer.BadParameter(f"{learning_rate:g} is not a positive number", param_hint="'--learning-rate'")
     with failures():
         target = read_target(model, data, subsample)
         chosen = default_family(target) if family is None else FAMILIES[family]
         console(to_stderr=json).print(_choice(chosen, family), markup=False)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
         with plain_lines():
-            done = run_fit(target, chosen, key=k1, steps=steps, samples=samples, checkpoint=out if checkpoint else None)
+            done = run_fit(
+                target, chosen, key=k1, steps=steps, samples=samples, estimator=strategies,
+                learning_rate=learning_rate, checkpoint=out if checkpoint else None,
+            )  # fmt: skip
         bound = done.elbo(k2)
         rows = outputs.write_run(out, done, k3, draws)
         _show(done, bound, rows, out, json)
