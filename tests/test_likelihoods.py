@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from jaxtyping import Array
 
@@ -210,6 +211,24 @@ def far_gradient(name: str, lam: float) -> np.ndarray:
 @pytest.mark.parametrize("name", DISCRETE)
 def test_finite_far_from_the_centre(name, lam):
     assert np.isfinite(far_gradient(name, lam)).all()
+
+
+@pytest.mark.parametrize("lam", FAR)
+@pytest.mark.parametrize("name", ["bernoulli", "two from 5", "binomial", "categorical"])
+def test_score_and_fisher_keep_their_digits_far_from_the_centre(name, lam):
+    """Against double precision, relative: 1 - p is zero in float32 from a logit of 17 on, and natural gradients divide by it."""
+    s = setting(name)
+    wide = np.linspace(0.0, lam, s.kind.width) if s.kind.width > 1 else np.full(1, lam)
+    p = np.exp(wide - scipy.special.logsumexp(wide)) if s.kind.width > 1 else scipy.special.expit(wide)
+    n = s.kind.support()[1] - 1
+    if s.kind.width == 1:
+        right = n * p[:, None] * scipy.special.expit(-wide)
+        both = s.kind.score(jnp.asarray([wide, wide], jnp.float32), s.support[jnp.array([0, -1])])
+        np.testing.assert_allclose(both[:, 0], [-n * p[0], n * scipy.special.expit(-lam)], rtol=1e-5)
+    else:
+        others = np.array([np.delete(p, k).sum() for k in range(len(p))])
+        right = np.diag(p * others) - np.outer(p, p) * (1 - np.eye(len(p)))
+    np.testing.assert_allclose(s.kind.fisher(jnp.asarray(wide, jnp.float32)), right, rtol=1e-4)
 
 
 def test_log_rates_are_capped():

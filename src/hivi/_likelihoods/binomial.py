@@ -55,11 +55,11 @@ class BinomialLikelihood(AbstractLikelihood):
         return (weight * (1 + value_zero(lam[..., 0])))[None]
 
     def score(self, lam: Array, z: Array) -> Array:
-        return (z - self.low)[..., None] - (self.count - 1) * jax.nn.sigmoid(lam)
+        hits = (z - self.low)[..., None]
+        return hits * jax.nn.sigmoid(-lam) - (self.count - 1 - hits) * jax.nn.sigmoid(lam)
 
     def fisher(self, lam: Array) -> Array:
-        p = jax.nn.sigmoid(lam)
-        return ((self.count - 1) * p * (1 - p))[..., None]
+        return ((self.count - 1) * jax.nn.sigmoid(lam) * jax.nn.sigmoid(-lam))[..., None]
 
     def features(self, z: Array) -> Array:
         share = (z - self.low + 0.5) / self.count

@@ -78,15 +78,16 @@ class FiniteLikelihood(AbstractLikelihood):
 
     def score(self, lam: Array, z: Array) -> Array:
         if self.width == 1:
-            return (z - self.low)[..., None] - jax.nn.sigmoid(lam)
+            return jnp.where((z == self.low)[..., None], -jax.nn.sigmoid(lam), jax.nn.sigmoid(-lam))
         return jax.nn.one_hot(z - self.low, self.count) - jax.nn.softmax(lam, -1)
 
     def fisher(self, lam: Array) -> Array:
         if self.width == 1:
-            p = jax.nn.sigmoid(lam)
-            return (p * (1 - p))[..., None]
+            return (jax.nn.sigmoid(lam) * jax.nn.sigmoid(-lam))[..., None]
         p = jax.nn.softmax(lam, -1)
-        return p[..., None] * jnp.eye(self.count) - p[..., None] * p[..., None, :]
+        off = jnp.where(jnp.eye(self.count, dtype=bool), 0.0, p[..., None] * p[..., None, :])
+        # p_j (1 - p_j) as p_j times the others' sum: 1 - p_j is zero in float32 long before they are.
+        return jnp.sum(off, -1)[..., None] * jnp.eye(self.count) - off
 
     def features(self, z: Array) -> Array:
         return jax.nn.one_hot(z - self.low, self.count).at[..., 0].set(1.0)

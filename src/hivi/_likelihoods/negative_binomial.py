@@ -65,8 +65,8 @@ class NegativeBinomialLikelihood(AbstractLikelihood):
         return (jax.lax.stop_gradient(weight) * (1 + value_zero(lam[..., 0])))[None]
 
     def score(self, lam: Array, z: Array) -> Array:
-        p = jax.nn.sigmoid(self._logit(lam))
-        return ((z - self.low) * (1 - p) - self.concentration * p)[..., None]
+        logit = self._logit(lam)
+        return ((z - self.low) * jax.nn.sigmoid(-logit) - self.concentration * jax.nn.sigmoid(logit))[..., None]
 
     def fisher(self, lam: Array) -> Array:
         return (self.concentration * jax.nn.sigmoid(self._logit(lam)))[..., None, None]
