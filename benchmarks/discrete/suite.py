@@ -109,6 +109,7 @@ def run(name: str, how: str, seed: int, path: Path) -> None:
     if wanted:
         problem = PROBLEMS[name]()
         run_families(problem, problem.target(), wanted, how, seed, path)
+        jax.clear_caches()  # each program keeps mappings of memory, of which a process has 65,530
 
 
 def run_families(problem: Problem, target: hivi.Target, wanted: list[str], how: str, seed: int, path: Path) -> None:
