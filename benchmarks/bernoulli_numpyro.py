@@ -173,7 +173,7 @@ def run_hivi(seed: int) -> dict[str, Any]:
         prior: Any = s.average.prior
         return exact_kl(jax.vmap(lambda e: prior.from_coordinates(e)[0]["lam"]))
 
-    return measure(lambda s: run_chunk(s, target, plan, jnp.array(STEPS, jnp.int32))[0], state, kl)
+    return measure(lambda s: run_chunk.at("full")(s, target, plan, jnp.array(STEPS, jnp.int32))[0], state, kl)
 
 
 def measure(chunk: Any, state: Any, kl: Any) -> dict[str, Any]:

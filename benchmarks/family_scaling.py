@@ -18,9 +18,9 @@ import numpy as np
 from common import write
 
 import hivi
+from hivi._compile import compiled
 from hivi._families.product import build_proposal
 from hivi._fit.step import Plan, default_optimizer, initial_state, step
-from hivi._tree import compiled
 
 SIZES = (32, 128, 256, 512, 1024)
 SAMPLES = 16

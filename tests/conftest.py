@@ -8,8 +8,8 @@ from importlib.metadata import version
 # Before JAX (or a BLAS) is imported. Two CPU devices, so that code for several devices is tested everywhere;
 # one BLAS thread per worker, since the suite already runs one worker per core.
 _FLAGS = {"--xla_force_host_platform_device_count": "2"}
-if os.environ.get("HIVI_COMPILE") != "full":
-    # The tests compile much and compute little: half the time. HIVI_COMPILE=full compiles as users do.
+if os.environ.setdefault("HIVI_COMPILE", "quick") == "quick":
+    # The tests compile much and compute little: half the time. HIVI_COMPILE=auto compiles as users do.
     _FLAGS["--xla_backend_optimization_level"] = "0"
     if version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
         _FLAGS |= {"--xla_cpu_use_fusion_emitters": "false", "--xla_cpu_parallel_codegen_split_count": "1"}

@@ -16,6 +16,7 @@ from scipy import special, stats
 
 import hivi
 from cases import quick
+from hivi._compile import compiled
 from hivi._estimators.differences import LocalExpectation
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.pathwise import Pathwise
@@ -25,7 +26,6 @@ from hivi._families.product import build_proposal
 from hivi._fit.stream import Rates, StreamPlan, split_rows, visit
 from hivi._fit.streaming import open_stream
 from hivi._space import make_site
-from hivi._tree import compiled
 from hivi.topics.base import Corpus
 from hivi.topics.model import Architecture, Priors, deep_exponential_family
 

@@ -209,9 +209,9 @@ def test_second_fit_compiles_nothing() -> None:
     """New data of the same shapes, a new target, a new family object: no new program."""
     options = {"key": KEY, "steps": 100, "progress": False}
     hivi.fit(bernoulli(), hivi.Hierarchical(prior=hivi.Flow(2, "coupling")), **options)
-    before = run_chunk._cached._cache_size()
+    before = run_chunk.at("quick")._cached._cache_size()
     hivi.fit(bernoulli(TABLE.at[0, 0].add(0.3)), hivi.Hierarchical(prior=hivi.Flow(2, "coupling")), **options)
-    assert run_chunk._cached._cache_size() == before
+    assert run_chunk.at("quick")._cached._cache_size() == before
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ from numpyro.distributions import Binomial, Normal, Poisson
 
 import hivi
 from cases import FAMILIES, INNER_REFUSED, KINDS, TARGETS, built, quick, states, total
+from hivi._compile import compiled
 from hivi._families.base import AbstractProposal, Layout
 from hivi._families.hierarchical import HierarchicalProposal
 from hivi._families.mixture import MixtureProposal
 from hivi._space import Latents
-from hivi._tree import compiled
 
 DRAWS = 20_000
 PRECISE = 0.03

@@ -15,12 +15,12 @@ import pytest
 from numpyro.distributions import constraints
 
 import hivi
+from hivi._compile import compiled
 from hivi._fit import store
 from hivi._fit.loop import _check_kinds
 from hivi._fit.stopping import levelled
 from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._target.base import distinct_rows
-from hivi._tree import compiled
 
 KEY = jax.random.key(0)
 QUICK = {"key": KEY, "steps": 50, "progress": False}

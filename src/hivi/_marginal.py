@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound, Elbo, ImportanceWeighted
+from hivi._compile import compiled
 from hivi._errors import FitError, HiviError, message
 from hivi._families.base import AbstractProposal
 from hivi._fit.result import Estimate, Fit
 from hivi._space import Latents
 from hivi._target.base import Target, full_size
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 TRUSTED = 0.7
 """Above this k-hat, importance weights have no useful mean (Vehtari et al. 2024)."""

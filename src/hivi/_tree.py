@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 from jaxtyping import Array, PRNGKeyArray
 
 PyTree: TypeAlias = Any
 Key: TypeAlias = PRNGKeyArray
-
-# jaxlib 0.10.2 on CPU fuses large sums wrongly (jax-ml/jax#39103): densities of 20,000 draws came out wrong by 20 nats.
-_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""} if jaxlib.version.__version__ == "0.10.2" else {}
-compiled: Any = functools.partial(eqx.filter_jit, compiler_options=_OPTIONS) if _OPTIONS else eqx.filter_jit
-"""`eqx.filter_jit` without the compiler's known faults; everything that hivi compiles goes through it."""
 
 
 def value_zero(x: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from numpyro.distributions import Normal
 
+from hivi._compile import compiled
 from hivi._errors import FamilyError, FitError, TargetError, message
 from hivi._families.auxiliary import LAM
 from hivi._families.base import AbstractProposal, Conditional
@@ -23,7 +24,7 @@ from hivi._marginal import bound_ladder as bound_ladder
 from hivi._marginal import marginal_khat as marginal_khat
 from hivi._space import Latents, Site
 from hivi._target.base import Target, full_size
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 MAX_CELLS = 10_000_000
 """Largest table that is made."""

@@ -16,16 +16,18 @@ FREE = {"broadcast_in_dim", "reshape", "squeeze", "stop_gradient", "convert_elem
 """Primitives that move or name values, and compute none."""
 
 
-def operations(fn: Callable[..., Any], *args: Any) -> float:
+def operations(fn: Callable[..., Any], *args: Any, roughly: bool = False) -> float:
     """Number of elementary operations of one call: an element of an array computed, a product added.
 
     Args:
         fn: returns arrays.
         *args: PyTrees; what is not an array in them is fixed.
+        roughly: count what no result needs, too: the compiler drops it, but to find it takes time.
     """
     arrays, static = eqx.partition(args, eqx.is_array)
     closed = jax.make_jaxpr(lambda a: fn(*eqx.combine(a, static)))(arrays)
-    # Without what no result needs: the compiler drops it, too.
+    if roughly:
+        return _count(closed.jaxpr)
     return _count(_jaxprs.trimmed(_jaxprs.lift(_jaxprs.inline(closed.jaxpr))))
 
 

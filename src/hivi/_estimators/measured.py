@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
+from hivi._compile import compiled
 from hivi._errors import FitError
 from hivi._estimators.base import AbstractStrategy, abstract_conditionals
 from hivi._estimators.control_variates import DoubleControlVariates
@@ -23,7 +24,7 @@ from hivi._estimators.score import Score
 from hivi._estimators.surrogate import surrogate
 from hivi._families.base import AbstractProposal
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree, compiled
+from hivi._tree import Key, PyTree
 
 CANDIDATES: tuple[AbstractStrategy, ...] = (
     LocalExpectation(),
@@ -144,7 +145,7 @@ def gradient(
     return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(jax.grad(value)(params))])
 
 
-@compiled
+@compiled(effort="quick")
 def moments(
     setting: Setting,
     chosen: Mapping[str, AbstractStrategy],

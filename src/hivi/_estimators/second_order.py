@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hivi._compile import compiled
 from hivi._estimators.hessian import Bend, pathwise
 from hivi._families.auxiliary import Link
 from hivi._families.base import AbstractProposal, size_of
 from hivi._likelihood import likelihood
 from hivi._space import Latents, Site
 from hivi._target.base import Rows, Target
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 BATCH = 16
 """Draws evaluated at once."""

@@ -20,13 +20,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hivi._compile import Effort, compiled, effort_for
 from hivi._errors import TargetError, message
+from hivi._estimators.cost import operations
 from hivi._families.base import Layout
 from hivi._space import Site
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree, compiled
+from hivi._tree import Key, PyTree
 
 ITERATIONS = 200
+USUAL_ITERATIONS = 50
 STARTS = 4
 """Places from which the search begins; the best bound wins."""
 RADIUS = 2.0
@@ -66,12 +69,20 @@ def best_gaussian(target: Target, sites: tuple[Site, ...], key: Key) -> tuple[Ar
     Raises:
         TargetError: the Gaussian widens without end along some direction: log p is improper there.
     """
-    found = gaussian_start(target, sites, key)
+    found = gaussian_start.at(_effort(target, sites))(target, sites, key)
     if bool(jnp.isfinite(found.bound)):
         _refuse_improper(sites, found)
         return found.location, found.factor
     dim = Layout(sites).dim
     return jnp.zeros(dim), NARROW * jnp.eye(dim)
+
+
+def _effort(target: Target, sites: tuple[Site, ...]) -> Effort:
+    """How well to compile the search: by the work of `USUAL_ITERATIONS` from each start."""
+    layout = Layout(sites)
+    each = operations(lambda flat: target.log_joint(layout.unflatten(flat)), jnp.zeros(layout.dim), roughly=True)
+    draws = max(LEAST, 4 * layout.dim)
+    return effort_for(draws * (3 * each + layout.dim**2), STARTS * USUAL_ITERATIONS)
 
 
 def _refuse_improper(sites: tuple[Site, ...], found: Gaussian) -> None:

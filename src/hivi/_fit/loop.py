@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
+from hivi._compile import hastily
 from hivi._errors import FitError, message
 from hivi._estimators.auto import Auto, label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
@@ -32,11 +33,11 @@ from hivi._fit.gaussian_start import best_gaussian
 from hivi._fit.parallel import check_mesh, distribute
 from hivi._fit.progress import announce
 from hivi._fit.result import Fit
-from hivi._fit.run import Run, settled, starting_draws
+from hivi._fit.run import Run, finite_now, settled, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.streamed import fit_streamed, refuse_streamed
 from hivi._target.base import Target, check_start, full_size
-from hivi._tree import Key, finite
+from hivi._tree import Key
 
 DENSE_LIMIT = 400
 REFINING = 0.002
@@ -113,7 +114,8 @@ def fit(
     if family is None:
         family = default_family(target) if start is None else start.family
     bound = _bound(bound)
-    k_build, k_check, k_run = jax.random.split(key, 3)
+    with hastily():
+        k_build, k_check, k_run = jax.random.split(key, 3)
     proposal, usual = _begin(target, family, k_build, k_check) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
@@ -121,7 +123,8 @@ def fit(
     chosen = default_optimizer(rate) if optimizer is None else optimizer
     estimator = _resolve(estimator)
     plan = Plan((), bound, samples, chosen, optimizer is None, mesh).using(estimator.resolve(target, proposal, bound))
-    state = initial_state(proposal, target, plan, k_run, steps)
+    with hastily():
+        state = initial_state(proposal, target, plan, k_run, steps)
     folder = None if checkpoint is None else Path(checkpoint)
     settings = [steps, samples, rate, repr(tolerance), optimizer is None, repr(estimator)]
     identity = "" if folder is None else _identity(target, family, plan, key, settings, state)
@@ -154,7 +157,8 @@ def fit(
 
 def _begin(target: Target, family: Any, k_build: Key, k_check: Key) -> tuple[AbstractProposal, float]:
     """The built family, at the best Gaussian where it starts there and the target is used whole; and its learning rate."""
-    proposal = build_proposal(family, target.sites, k_build)
+    with hastily():  # operation by operation, a flow takes seconds to build for the first time
+        proposal = build_proposal(family, target.sites, k_build)
     found: list[tuple[Array, Array]] = []
 
     def search() -> tuple[Array, Array]:
@@ -189,8 +193,8 @@ def _measured(
 
 def _warm(state: State, target: Target, plan: Plan) -> AbstractProposal:
     """The proposal after a few steps, on one device, or as it is where they fail: where strategies are measured."""
-    after, _ = run_chunk(state, target, plan._replace(mesh=None), jnp.array(CHUNK, jnp.int32))
-    return after.proposal if bool(finite(after.proposal)) else state.proposal
+    after, _ = run_chunk.at("quick")(state, target, plan._replace(mesh=None), jnp.array(CHUNK, jnp.int32))
+    return after.proposal if bool(finite_now(after.proposal)) else state.proposal
 
 
 def _on_mesh(state: State, target: Target, plan: Plan, mesh: Mesh) -> tuple[State, Target]:

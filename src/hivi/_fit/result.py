@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
+from hivi._compile import compiled
 from hivi._errors import FitError, LoadError, message
 from hivi._estimators.surrogate import log_weights
 from hivi._families.base import AbstractProposal
@@ -24,7 +25,7 @@ from hivi._fit.rowwise import streamed_bounds
 from hivi._fit.unseen import at_rows
 from hivi._space import Latents, Site, constrain
 from hivi._target.base import Target
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 BATCH = 64
 """Draws evaluated at once."""

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
+from hivi._compile import compiled
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.expectation import Expectation
@@ -17,7 +18,7 @@ from hivi._estimators.surrogate import terms_by_view, viewed_terms, views_of
 from hivi._families.base import AbstractProposal
 from hivi._fit.stream import at_blocks, conditioned
 from hivi._target.base import Target
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 
 @compiled

@@ -7,41 +7,44 @@ import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
+from hivi._compile import Effort, compiled, effort_for
 from hivi._errors import FitError, LoadError, message
 from hivi._estimators.auto import label
 from hivi._estimators.base import AbstractStrategy
+from hivi._estimators.cost import operations
 from hivi._estimators.measured import CANDIDATES
 from hivi._families.base import AbstractProposal
 from hivi._fit import store
 from hivi._fit.progress import Bar
-from hivi._fit.step import CHUNK, Plan, State, run_chunk
+from hivi._fit.step import CHUNK, Plan, State, run_chunk, step
 from hivi._fit.stopping import MAX_LOST, collapsed, levelled
 from hivi._space import Latents
-from hivi._target.base import Target
-from hivi._tree import Key, compiled, finite
+from hivi._target.base import Target, terms_of_draws
+from hivi._tree import Key, finite
 
 RECOVERIES = 6
 FORGIVE_AFTER = 20
 """Chunks without trouble after which earlier recoveries no longer count."""
 EARLIEST = 2000
 """Steps before which a fit does not stop by itself: over shorter windows, noise hides a slow rise."""
+USUAL_STEPS = 4000
+"""More than most fits take before their bound is level, whatever number of steps they may take."""
 SAVE_EVERY = 20.0
 """Seconds between two checkpoints."""
 
 
-@compiled
+@compiled(effort="quick")
 def starting_draws(proposal: AbstractProposal, key: Key) -> Latents:
     return jax.vmap(lambda k: proposal.propose(k)[0])(jax.random.split(key, 16))
 
 
-@compiled
-def _terms(target: Target, draws: Latents) -> list[Array]:
-    return jax.vmap(target.terms)(draws)
+finite_now = compiled(finite, effort="quick")
+"""`finite`, for the host: one small program in place of several for every shape of array."""
 
 
 def settled(folder: Path | None, identity: str, sites: tuple[str, ...]) -> dict[str, AbstractStrategy]:
@@ -105,10 +108,11 @@ class Run:
 
     def go(self, progress: bool, throw: bool, label: str) -> str:
         """Run to the end; return in words why it ended."""
+        chunk = run_chunk.at(self._effort())
         with Bar(self.steps, label, progress) as bar:
             while len(self.elbo) < self.last:
                 good, before, started = self.state, int(self.state.skipped), time.monotonic()
-                new, info = run_chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
+                new, info = chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
                 taken = min(CHUNK, self.last - len(self.elbo))
                 elbo, stderr = (np.asarray(x, float)[:taken] for x in info)
                 self.paces.append((time.monotonic() - started) / taken)
@@ -134,6 +138,14 @@ class Run:
             self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance)
         return "the bound levelled off" if self.converged else "all steps were taken before the bound levelled off"
 
+    def _effort(self) -> Effort:
+        """How well to compile the steps: small ones are soon taken, and all the time goes to the compiler."""
+        cost = operations(
+            lambda state, target: eqx.filter(step(state, target, self.plan), eqx.is_array),
+            self.state, self.target, roughly=True,
+        )  # fmt: skip
+        return effort_for(cost, min(self.steps, USUAL_STEPS))
+
     def _maybe_stop(self) -> None:
         """Once the bound is level, decay the step size over a last stretch and end."""
         if self.tolerance is None or self.converged or len(self.elbo) >= int(self.state.decay_from):
@@ -153,7 +165,7 @@ class Run:
 
     def _trouble(self, new: State, before: int, elbo: np.ndarray, taken: int) -> str | None:
         skipped = int(new.skipped) - before
-        if skipped > MAX_LOST * taken or not bool(finite(new.proposal)):
+        if skipped > MAX_LOST * taken or not bool(finite_now(new.proposal)):
             return f"bound or gradient not finite in {skipped} of {taken} steps"
         if taken == CHUNK and collapsed(np.append(self.elbo, elbo), CHUNK):
             return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.elbo[-CHUNK:]):.4g}"
@@ -178,8 +190,10 @@ class Run:
         bad: set[str] = set()
         for number in range(32):
             key = jax.random.fold_in(state.key, number)
-            terms = _terms(self.target, starting_draws(state.proposal.gather(self.target.all_rows()), key))
-            bad |= {f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not bool(finite(a))}
+            terms = terms_of_draws(self.target, starting_draws(state.proposal.gather(self.target.all_rows()), key))
+            bad |= {
+                f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not np.isfinite(a).all()
+            }
         return f"not finite at draws from q: factors {sorted(bad)}" if bad else "all factors are finite at draws from q"
 
     def _checkpoint(self, finished: bool) -> None:

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from hivi._bounds import AbstractBound
+from hivi._compile import compiled
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.surrogate import Estimated, memories, surrogate
 from hivi._families.base import AbstractProposal
 from hivi._fit.parallel import shard_samples
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree, compiled, finite, select
+from hivi._tree import Key, PyTree, finite, select
 
 CHUNK = 100
 """Steps between two looks of the host: one compiled scan."""

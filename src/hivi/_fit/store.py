@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from hivi._bounds import AbstractBound, Elbo, ImportanceWeighted
+from hivi._compile import compiled
 from hivi._errors import LoadError, message
 from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import AbstractAuxiliary, Component, InverseFlow, Linearised, SemiImplicit
@@ -39,7 +40,7 @@ from hivi._families.recursive import Recursive
 from hivi._families.standardised import Standardised
 from hivi._families.structured import Structured
 from hivi._space import Plate, Site, Values
-from hivi._tree import PyTree, compiled
+from hivi._tree import PyTree
 
 KNOWN: dict[str, type] = {
     c.__name__: c

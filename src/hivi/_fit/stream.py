@@ -19,13 +19,14 @@ import optax
 from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
+from hivi._compile import compiled
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.surrogate import estimate
 from hivi._families.base import AbstractProposal
 from hivi._fit.rows import Layout
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree, compiled, finite, select
+from hivi._tree import Key, PyTree, finite, select
 
 ROW_RATE = 0.3
 FREE_RATE = 0.01
@@ -205,7 +206,7 @@ def _move_shared(
     return eqx.combine(steady, free, static), moments
 
 
-@compiled
+@compiled(effort="full")
 def run_block(
     state: StreamState,
     records: Array,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hivi._compile import compiled
 from hivi._errors import TargetError, message, nearest
 from hivi._factored import Factored
 from hivi._locality.base import Factor
@@ -199,6 +200,12 @@ def distinct_rows(key: Key, size: int, batch: int) -> Int[Array, " batch"]:
     return jax.lax.while_loop(lambda x: jnp.any(x >= size), walk, rows).astype(jnp.int32)
 
 
+@compiled(effort="quick")
+def terms_of_draws(target: Target, draws: Latents) -> list[Array]:
+    """The factor arrays of log p at draws, each with a leading axis over them."""
+    return jax.vmap(target.terms)(draws)
+
+
 def check_start(target: Target, draws: Mapping[str, Array]) -> None:
     """Refuse a log-joint that is not a number somewhere it must be.
 
@@ -209,11 +216,11 @@ def check_start(target: Target, draws: Mapping[str, Array]) -> None:
     Raises:
         TargetError: NaN in a factor (naming it and the first element), or -inf or +inf at every draw.
     """
-    terms = jax.vmap(target.terms)(dict(draws))
+    terms = [np.asarray(values) for values in terms_of_draws(target, dict(draws))]
     for factor, values in zip(target.factored.factors, terms, strict=True):
-        bad = jnp.isnan(values)
-        if bool(bad.any()):
-            first = [int(i) for i in jnp.argwhere(bad)[0][1:]]
+        bad = np.isnan(values)
+        if bad.any():
+            first = [int(i) for i in np.argwhere(bad)[0][1:]]
             raise TargetError(
                 message(
                     f"factor {factor.name!r}",
@@ -225,8 +232,8 @@ def check_start(target: Target, draws: Mapping[str, Array]) -> None:
             )
     for factor, values in zip(target.factored.factors, terms, strict=True):
         flat = values.reshape(values.shape[0], -1)
-        if bool(jnp.all(jnp.any(jnp.isinf(flat), -1))):
-            element = [int(i) for i in jnp.argwhere(jnp.isinf(values))[0][1:]]
+        if np.isinf(flat).any(-1).all():
+            element = [int(i) for i in np.argwhere(np.isinf(values))[0][1:]]
             raise TargetError(
                 message(
                     f"factor {factor.name!r}",

@@ -13,10 +13,11 @@ from numpyro import handlers
 from numpyro.distributions.distribution import Unit
 from numpyro.infer import Predictive
 
+from hivi._compile import compiled
 from hivi._space import Latents
 from hivi._target.base import AbstractOrigin, Observed
 from hivi._target.densities import unwrap
-from hivi._tree import Key, PyTree, compiled
+from hivi._tree import Key, PyTree
 
 Trace = dict[str, dict[str, Any]]
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivi import _jaxprs
+from hivi._compile import compiled
 from hivi._errors import TargetError, message
 from hivi._factored import Factored, factorise
 from hivi._space import Plate, Site, Values, make_site
@@ -22,7 +23,6 @@ from hivi._target.log_joint import traced_control_flow
 from hivi._target.origin import NumPyroOrigin
 from hivi._target.replay import replay
 from hivi._target.statements import Reader
-from hivi._tree import compiled
 
 
 def from_numpyro(

@@ -12,11 +12,12 @@ from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.infer import MCMC, NUTS
 
 from hivi._comparison import RHAT, Against, Reference
+from hivi._compile import compiled
 from hivi._fit.result import Fit
 from hivi._marginal import weighed_draws
 from hivi._space import Latents
 from hivi._target.base import Target, full_size
-from hivi._tree import Key, compiled
+from hivi._tree import Key
 
 CHAINS = 4
 DRAWS = 8192

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound, Elbo
+from hivi._compile import compiled
 from hivi._estimators.auto import Auto
 from hivi._estimators.base import AbstractStrategy
 from hivi._estimators.expectation import Expectation
@@ -29,7 +30,7 @@ from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
 from hivi._likelihoods.poisson import MAX_LOG_RATE
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree, compiled
+from hivi._tree import Key, PyTree
 from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 from hivi.topics.passes import Watch
