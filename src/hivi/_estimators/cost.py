@@ -32,7 +32,7 @@ def operations(fn: Callable[..., Any], *args: Any, roughly: bool = False) -> flo
 
 
 def _count(jaxpr: Any) -> float:
-    return sum(_one(eqn) for eqn in jaxpr.eqns)
+    return sum((_one(eqn) for eqn in jaxpr.eqns), 0.0)
 
 
 def _one(eqn: Any) -> float:
