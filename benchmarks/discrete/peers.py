@@ -3,7 +3,7 @@
     python benchmarks/discrete/peers.py [PROBLEM ...] [--seeds N]
 
 NumPyro gets what it has for discrete latents: a mean-field guide with the model's own plates, written generically from a trace
-of the model, 16 particles, Adam at the same rate. hivi fits `Hierarchical(prior=Mixture(8))`, the same for every problem.
+of the model, 16 particles, Adam at the same rate. hivi fits `Hierarchical(prior=Mixture(16))`, the same for every problem.
 NumPyro then goes on until it has had at least hivi's wall time, compilation included on both sides. Both q are
 measured by the same code: the bound, and KL(q||p) on the exact table.
 """
