@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
-from hivi._compile import compiled
+from hivi._compile import compiled, effort_for
 from hivi._errors import FitError, LoadError, message
+from hivi._estimators.cost import operations
 from hivi._estimators.surrogate import log_weights
 from hivi._families.base import AbstractProposal
 from hivi._families.product import build_proposal
@@ -29,6 +30,8 @@ from hivi._tree import Key
 
 BATCH = 64
 """Draws evaluated at once."""
+PER_PARAMETER = 10
+"""Elementary operations of a draw from q, for each of its parameters."""
 
 
 class Estimate(NamedTuple):
@@ -114,7 +117,9 @@ class Fit:
         if samples < 2:
             raise FitError(message("Fit.elbo(samples=...)", str(samples), "at least 2", "ask for more samples"))
         if source is None:
-            values = np.asarray(_bound_values(self.proposal, self.target, bound or self.bound, key, samples), float)
+            arguments = self.proposal, self.target, bound or self.bound, key
+            one = operations(log_weights, *arguments, roughly=True)
+            values = np.asarray(_bound_values.at(effort_for(one, samples))(*arguments, samples), float)
         else:
             closed = [n for n, s in self.strategies.items() if s.startswith("Expectation")]
             values = streamed_bounds(self.target, self.proposal, closed, key, samples, bound or self.bound)
@@ -135,7 +140,7 @@ class Fit:
         """
         if samples < 1:
             raise FitError(message("Fit.sample(samples=...)", str(samples), "at least 1", "ask for one draw or more"))
-        draws = _draws(self.proposal, key, samples)
+        draws = _draws.at(effort_for(PER_PARAMETER * _size(self.proposal), samples))(self.proposal, key, samples)
         if self.target is not None:
             return _constrain_target(self.target, draws)
         return self.program(draws) if self.program is not None else _constrain_sites(self.sites, draws)
@@ -288,6 +293,10 @@ def _batch_shape(sites: tuple[Site, ...], z: Mapping[str, Any]) -> tuple[int, ..
     return shapes.pop()
 
 
+def _size(proposal: AbstractProposal) -> int:
+    return sum(x.size for x in jax.tree.leaves(eqx.filter(proposal, eqx.is_array)))
+
+
 @compiled
 def _bound_values(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key, samples: int) -> Array:
     def one(k: Key) -> Array:
@@ -306,12 +315,12 @@ def _draws(proposal: AbstractProposal, key: Key, samples: int) -> Latents:
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)
 
 
-@compiled
+@compiled(effort="quick")
 def _constrain_target(target: Target, draws: Latents) -> dict[str, Array]:
     return jax.vmap(target.constrain)(draws)
 
 
-@compiled
+@compiled(effort="quick")
 def _constrain_sites(sites: tuple[Site, ...], draws: Latents) -> dict[str, Array]:
     return jax.vmap(functools.partial(constrain, sites))(draws)
 
