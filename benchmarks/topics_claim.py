@@ -77,6 +77,7 @@ def main() -> None:
                 if key in found:
                     continue
                 found[key] = row(corpus, latent, layers)
+                jax.clear_caches()  # each program keeps mappings of memory, of which a process has 65,530
                 print(key, found[key], flush=True)
                 path.write_text(json.dumps(found, indent=1) + "\n")
                 table(found)
