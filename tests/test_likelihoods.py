@@ -228,6 +228,8 @@ def test_score_and_fisher_keep_their_digits_far_from_the_centre(name, lam):
     else:
         others = np.array([np.delete(p, k).sum() for k in range(len(p))])
         right = np.diag(p * others) - np.outer(p, p) * (1 - np.eye(len(p)))
+        each = s.kind.score(jnp.broadcast_to(jnp.asarray(wide, jnp.float32), (len(p), len(p))), s.support)
+        np.testing.assert_allclose(each, np.diag(others) - p * (1 - np.eye(len(p))), rtol=1e-4)
     np.testing.assert_allclose(s.kind.fisher(jnp.asarray(wide, jnp.float32)), right, rtol=1e-4)
 
 

@@ -410,6 +410,28 @@ def test_the_ends_of_a_support_and_supports_that_depend_on_latents_are_allowed()
     from_numpyro(model, jnp.array([0.0, 5.0, 0.5]))
 
 
+def test_supports_that_are_not_the_distributions_own_refuse_nothing():
+    """Periodic, zero-inflated and censored ones, and totals that change inside a scan."""
+    for fn, y in (
+        (dist.VonMises(0.0, 1.0), [0.5, 4.0, 6.2]),
+        (dist.ZeroInflatedDistribution(dist.DiscreteUniform(1, 5), gate=0.3), [0, 2, 3]),
+        (dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(jnp.zeros(2), 1.0)), [0.0, 9.0, -9.0]),
+    ):
+        from_numpyro(seen, fn, jnp.array(y))
+
+    def totals(y):
+        rate = numpyro.sample("rate", dist.Normal(0, 1))
+
+        def one(carry, x):
+            logits = jnp.stack([rate, 0.0])
+            numpyro.sample("y", dist.MultinomialLogits(logits, x.sum(), total_count_max=5), obs=x)
+            return carry, None
+
+        scan(one, 0, y)
+
+    from_numpyro(totals, jnp.array([[1, 2], [2, 0], [3, 1]]))
+
+
 def test_observations_that_are_no_array_or_of_another_shape_are_refused():
     with pytest.raises(TargetError, match=r"'y'.*a list.*Cure: obs=jnp.asarray\(y\)"):
         from_numpyro(seen, dist.Poisson(1.0), [1, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,10 @@ import jax
 from jax.extend import core as jex
 
 from hivi import _jaxprs
+from hivi._compile import Effort, effort_for, weighs
 
+LOOPS = 100
+"""Rounds that a loop of unknown length is taken for, roughly."""
 FREE = {"broadcast_in_dim", "reshape", "squeeze", "stop_gradient", "convert_element_type", "iota", "copy", "slice"}
 """Primitives that move or name values, and compute none."""
 
@@ -27,25 +31,46 @@ def operations(fn: Callable[..., Any], *args: Any, roughly: bool = False) -> flo
     arrays, static = eqx.partition(args, eqx.is_array)
     closed = jax.make_jaxpr(lambda a: fn(*eqx.combine(a, static)))(arrays)
     if roughly:
-        return _count(closed.jaxpr)
+        return _count(closed.jaxpr, LOOPS)
     return _count(_jaxprs.trimmed(_jaxprs.lift(_jaxprs.inline(closed.jaxpr))))
 
 
-def _count(jaxpr: Any) -> float:
-    return sum((_one(eqn) for eqn in jaxpr.eqns), 0.0)
+def effort_of(fn: Callable[..., Any], *args: Any, steps: int) -> Effort:
+    """How well to compile `steps` calls of a function: counted once for arguments of the same kind, where it matters at all."""
+    if not weighs():
+        return "medium"
+    arrays, static = eqx.partition(args, eqx.is_array)
+    leaves, shape = jax.tree.flatten(arrays)
+    fixed, form = jax.tree.flatten(static)
+    key = (fn, shape, form, tuple(fixed), tuple((x.shape, str(x.dtype)) for x in leaves))
+    with _lock:
+        if key not in _known:
+            if len(_known) >= REMEMBERED:
+                _known.pop(next(iter(_known)))
+            _known[key] = operations(fn, *args, roughly=True)
+        return effort_for(_known[key], steps)
 
 
-def _one(eqn: Any) -> float:
+REMEMBERED = 256
+_known: dict[Any, float] = {}
+_lock = threading.Lock()
+
+
+def _count(jaxpr: Any, loops: int = 1) -> float:
+    return sum((_one(eqn, loops) for eqn in jaxpr.eqns), 0.0)
+
+
+def _one(eqn: Any, loops: int) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name in FREE:
         return 0.0
     if name == "scan":
-        return params["length"] * _count(params["jaxpr"].jaxpr)
+        return params["length"] * _count(params["jaxpr"].jaxpr, loops)
     if name == "cond":
-        return max(_count(b.jaxpr) for b in params["branches"])
+        return max(_count(b.jaxpr, loops) for b in params["branches"])
     inner = [_open(v) for v in params.values() if isinstance(v, jex.Jaxpr | jex.ClosedJaxpr)]
     if inner:
-        return sum(_count(j) for j in inner)
+        return (loops if name == "while" else 1) * sum(_count(j, loops) for j in inner)
     out = sum(math.prod(v.aval.shape) for v in eqn.outvars)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

@@ -141,7 +141,7 @@ def _draw(
     z, strategies = {**z, **hidden}, {**dict.fromkeys(hidden, HIDDEN), **strategies}
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
-    views = terms_by_view(target, z, views_of(target, proposal, context))
+    views = terms_by_view(target, z, views_of(target, proposal, context, bound.linear(proposal.branches)))
     p_terms = viewed_terms(target, views, rows)
     log_p = target.factored.total(p_terms)
     scales = proposal.scales()
@@ -173,7 +173,7 @@ def _draw(
     for number, n in enumerate(sorted(detached)):
         own = evaluation._replace(key=jax.random.fold_in(k_more, number), memory=memory.get(n, ()))
         if n in hidden or n in proposal.upstream:
-            own = own._replace(above=_above(held(proposal), target, n, (k_draw, k_inner), branch, inner, rows))
+            own = own._replace(above=_above(held(proposal), target, n, (k_draw, k_inner), branch, bound, rows))
         measured[n] = strategies[n].measure(n, conditionals[n], own)
     cancel = sum(
         (
@@ -187,15 +187,22 @@ def _draw(
 
 
 def _above(
-    proposal: AbstractProposal, target: Target, site: str, keys: tuple[Key, Key], branch: Array, inner: int, rows: Rows
+    proposal: AbstractProposal,
+    target: Target,
+    site: str,
+    keys: tuple[Key, Key],
+    branch: Array,
+    bound: AbstractBound,
+    rows: Rows,
 ) -> Callable[[Array], Array]:
     """The log-weight of a draw as a function of the value of a variable on which other draws depend."""
 
     def at(value: Array) -> Array:
         z, context = proposal.redrawn({site: value}, keys[0], branch)
         z = {**z, **proposal.hidden(context)}
-        views = terms_by_view(target, z, views_of(target, proposal, context))
-        return target.factored.total(viewed_terms(target, views, rows)) - _total(proposal, z, context, keys[1], inner)
+        views = terms_by_view(target, z, views_of(target, proposal, context, bound.linear(proposal.branches)))
+        log_q = _total(proposal, z, context, keys[1], bound.inner)
+        return target.factored.total(viewed_terms(target, views, rows)) - log_q
 
     return at
 
@@ -206,10 +213,13 @@ def _total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, in
     return sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
 
 
-def views_of(target: Target, proposal: AbstractProposal, context: PyTree) -> dict[str, Latents]:
-    """View -> means of sites to be used for the draws: of those in closed form, and log E[e^w|lambda] of averaged ones."""
+def views_of(target: Target, proposal: AbstractProposal, context: PyTree, linear: bool) -> dict[str, Latents]:
+    """View -> means of sites to be used for the draws: of those in closed form, and log E[e^w|lambda] of averaged ones.
+
+    These where the bound is linear in the log-weight alone: a mean of log-weights is a bound, their exponential's mean is none.
+    """
     out = {view: dict(means) for view, means in proposal.views().items()}
-    given = proposal.conditionals(context) if target.averaged else {}
+    given = proposal.conditionals(context) if target.averaged and linear else {}
     for name in (n for n in target.averaged if n in given):
         likelihood, lam = given[name]
         if isinstance(likelihood, NormalLikelihood):

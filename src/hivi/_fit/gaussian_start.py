@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hivi._compile import Effort, compiled, effort_for
+from hivi._compile import compiled
 from hivi._errors import TargetError, message
-from hivi._estimators.cost import operations
+from hivi._estimators.cost import effort_of
 from hivi._families.base import Layout
 from hivi._space import Site
 from hivi._target.base import Target
@@ -69,7 +69,9 @@ def best_gaussian(target: Target, sites: tuple[Site, ...], key: Key) -> tuple[Ar
     Raises:
         TargetError: the Gaussian widens without end along some direction: log p is improper there.
     """
-    found = gaussian_start.at(_effort(target, sites))(target, sites, key)
+    blank = jnp.zeros(Layout(sites).dim)
+    effort = effort_of(_all_draws, blank, target, sites, steps=STARTS * USUAL_ITERATIONS)
+    found = gaussian_start.at(effort)(target, sites, key)
     if bool(jnp.isfinite(found.bound)):
         _refuse_improper(sites, found)
         return found.location, found.factor
@@ -77,12 +79,12 @@ def best_gaussian(target: Target, sites: tuple[Site, ...], key: Key) -> tuple[Ar
     return jnp.zeros(dim), NARROW * jnp.eye(dim)
 
 
-def _effort(target: Target, sites: tuple[Site, ...]) -> Effort:
-    """How well to compile the search: by the work of `USUAL_ITERATIONS` from each start."""
-    layout = Layout(sites)
-    each = operations(lambda flat: target.log_joint(layout.unflatten(flat)), jnp.zeros(layout.dim), roughly=True)
-    draws = max(LEAST, 4 * layout.dim)
-    return effort_for(draws * (3 * each + layout.dim**2), STARTS * USUAL_ITERATIONS)
+def _all_draws(flat: Array, target: Target, sites: tuple[Site, ...]) -> Array:
+    """What an iteration of one start evaluates, for its cost."""
+    dim = flat.shape[0]
+    draws = jnp.zeros((max(LEAST, 4 * dim), dim)) + flat
+    log_p = jax.vmap(lambda x: target.log_joint(Layout(sites).unflatten(x)))
+    return jax.grad(lambda x: jnp.sum(log_p(x)))(draws)
 
 
 def _refuse_improper(sites: tuple[Site, ...], found: Gaussian) -> None:

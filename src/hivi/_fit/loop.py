@@ -113,7 +113,7 @@ def fit(
     chosen_for_them = family is None and start is None
     if family is None:
         family = default_family(target) if start is None else start.family
-    bound = _bound(bound)
+    bound, estimator = _bound(bound), _resolve(estimator)
     with hastily():
         k_build, k_check, k_run = jax.random.split(key, 3)
     proposal, usual = _begin(target, family, k_build, k_check) if start is None else _continue(start, target, family)
@@ -121,7 +121,6 @@ def fit(
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     rate = usual if learning_rate is None else learning_rate
     chosen = default_optimizer(rate) if optimizer is None else optimizer
-    estimator = _resolve(estimator)
     plan = Plan((), bound, samples, chosen, optimizer is None, mesh).using(estimator.resolve(target, proposal, bound))
     with hastily():
         state = initial_state(proposal, target, plan, k_run, steps)

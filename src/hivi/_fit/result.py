@@ -17,7 +17,7 @@ from jaxtyping import Array
 from hivi._bounds import AbstractBound
 from hivi._compile import compiled, effort_for
 from hivi._errors import FitError, LoadError, message
-from hivi._estimators.cost import operations
+from hivi._estimators.cost import effort_of
 from hivi._estimators.surrogate import log_weights
 from hivi._families.base import AbstractProposal
 from hivi._families.product import build_proposal
@@ -118,8 +118,8 @@ class Fit:
             raise FitError(message("Fit.elbo(samples=...)", str(samples), "at least 2", "ask for more samples"))
         if source is None:
             arguments = self.proposal, self.target, bound or self.bound, key
-            one = operations(log_weights, *arguments, roughly=True)
-            values = np.asarray(_bound_values.at(effort_for(one, samples))(*arguments, samples), float)
+            effort = effort_of(log_weights, *arguments, steps=samples)
+            values = np.asarray(_bound_values.at(effort)(*arguments, samples), float)
         else:
             closed = [n for n, s in self.strategies.items() if s.startswith("Expectation")]
             values = streamed_bounds(self.target, self.proposal, closed, key, samples, bound or self.bound)

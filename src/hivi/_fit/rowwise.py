@@ -50,7 +50,7 @@ def row_bounds(
     def one(k: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(k)
         z, context = local.propose(k1)
-        views = terms_by_view(target, z, views_of(target, local, context))
+        views = terms_by_view(target, z, views_of(target, local, context, linear=True))
         each, whole = jnp.zeros(plate.batch), jnp.zeros(())
         for factor, term in zip(target.factored.factors, viewed_terms(target, views, rows), strict=True):
             if mine & {name for name, _ in factor.scope} or (factor.shape[:1] == (plate.batch,) and not factor.scope):

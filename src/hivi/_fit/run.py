@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hivi._compile import Effort, compiled, effort_for
+from hivi._compile import Effort, compiled
 from hivi._errors import FitError, LoadError, message
 from hivi._estimators.auto import label
 from hivi._estimators.base import AbstractStrategy
-from hivi._estimators.cost import operations
+from hivi._estimators.cost import effort_of
 from hivi._estimators.measured import CANDIDATES
 from hivi._families.base import AbstractProposal
 from hivi._fit import store
@@ -25,7 +25,7 @@ from hivi._fit.step import CHUNK, Plan, State, run_chunk, step
 from hivi._fit.stopping import MAX_LOST, collapsed, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, terms_of_draws
-from hivi._tree import Key, finite
+from hivi._tree import Key, PyTree, finite
 
 RECOVERIES = 6
 FORGIVE_AFTER = 20
@@ -71,6 +71,10 @@ def _check_identity(folder: Path, meta: dict[str, Any], identity: str) -> None:
                 "choose another folder, or delete this one",
             )
         )
+
+
+def _one_step(state: State, target: Target, plan: Plan) -> PyTree:
+    return eqx.filter(step(state, target, plan), eqx.is_array)
 
 
 class Run:
@@ -140,11 +144,7 @@ class Run:
 
     def _effort(self) -> Effort:
         """How well to compile the steps: small ones are soon taken, and all the time goes to the compiler."""
-        cost = operations(
-            lambda state, target: eqx.filter(step(state, target, self.plan), eqx.is_array),
-            self.state, self.target, roughly=True,
-        )  # fmt: skip
-        return effort_for(cost, min(self.steps, USUAL_STEPS))
+        return effort_of(_one_step, self.state, self.target, self.plan, steps=min(self.steps, USUAL_STEPS))
 
     def _maybe_stop(self) -> None:
         """Once the bound is level, decay the step size over a last stretch and end."""

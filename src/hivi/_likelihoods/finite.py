@@ -79,15 +79,19 @@ class FiniteLikelihood(AbstractLikelihood):
     def score(self, lam: Array, z: Array) -> Array:
         if self.width == 1:
             return jnp.where((z == self.low)[..., None], -jax.nn.sigmoid(lam), jax.nn.sigmoid(-lam))
-        return jax.nn.one_hot(z - self.low, self.count) - jax.nn.softmax(lam, -1)
+        p = jax.nn.softmax(lam, -1)
+        return jnp.where(jax.nn.one_hot(z - self.low, self.count, dtype=bool), self._others(p), -p)
 
     def fisher(self, lam: Array) -> Array:
         if self.width == 1:
             return (jax.nn.sigmoid(lam) * jax.nn.sigmoid(-lam))[..., None]
         p = jax.nn.softmax(lam, -1)
-        off = jnp.where(jnp.eye(self.count, dtype=bool), 0.0, p[..., None] * p[..., None, :])
-        # p_j (1 - p_j) as p_j times the others' sum: 1 - p_j is zero in float32 long before they are.
-        return jnp.sum(off, -1)[..., None] * jnp.eye(self.count) - off
+        diagonal = jnp.eye(self.count, dtype=bool)
+        return jnp.where(diagonal, (p * self._others(p))[..., None], -p[..., None] * p[..., None, :])
+
+    def _others(self, p: Array) -> Array:
+        """1 - p_j as the sum of the other probabilities: the difference is zero in float32 long before they are."""
+        return jnp.sum(jnp.where(jnp.eye(self.count, dtype=bool), 0.0, p[..., None, :]), -1)
 
     def features(self, z: Array) -> Array:
         return jax.nn.one_hot(z - self.low, self.count).at[..., 0].set(1.0)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from numpyro.distributions.distribution import (
     Delta,
     ExpandedDistribution,
@@ -55,21 +57,35 @@ def log_prob(fn: Any, value: Any, keep_mask: bool = True, fixed: bool = False) -
 
 
 def outside_support(base: Any, mask: Any, value: Any) -> Any:
-    """Where an observation is impossible, of which most `log_prob` take no notice; None where that cannot be said.
+    """Where an observation is impossible, of which `log_prob` takes no notice; None where that is not to be said.
 
-    An end of a continuous support is possible: a waiting time of 0. Simplices and matrices are known to rounding only.
+    Of the distributions in `CHECKED` alone: the support of others may be another's (censored, zero-inflated and general
+    mixtures), periodic, or known to rounding only. An end of a continuous support is possible: a waiting time of 0.
     """
-    support = base.support
-    if support is None or isinstance(base, Delta | Unit) or not (support.is_discrete or support.event_dim == 0):
+    # A total that changes inside a scan is out of reach after it: NumPyro keeps it beside the arrays.
+    if type(base) not in CHECKED or (type(base) in TOTALS and isinstance(base.total_count, jax.core.Tracer)):
         return None
     try:
+        support = base.support
         good = support(value)
+        if not support.is_discrete:
+            for end in ("lower_bound", "upper_bound"):
+                good = good | (value == getattr(support, end, jnp.nan))
     except (NotImplementedError, ValueError):  # a constraint that stands for "it depends"
         return None
-    if not support.is_discrete:
-        for end in ("lower_bound", "upper_bound"):
-            good = good | (value == getattr(support, end, jnp.nan))
     return ~jnp.asarray(good) & mask
+
+
+TOTALS = {dist.MultinomialProbs, dist.MultinomialLogits, dist.DirichletMultinomial}
+CHECKED = {
+    *TOTALS,
+    *(dist.BernoulliProbs, dist.BernoulliLogits, dist.CategoricalProbs, dist.CategoricalLogits, dist.DiscreteUniform),
+    *(dist.BinomialProbs, dist.BinomialLogits, dist.BetaBinomial, dist.GeometricProbs, dist.GeometricLogits),
+    *(dist.Poisson, dist.GammaPoisson, dist.NegativeBinomial2, dist.NegativeBinomialProbs, dist.NegativeBinomialLogits),
+    *(dist.Beta, dist.BetaProportion, dist.Chi2, dist.Exponential, dist.Gamma, dist.HalfCauchy, dist.HalfNormal),
+    *(dist.InverseGamma, dist.LogNormal, dist.Pareto, dist.Uniform, dist.Weibull),
+}
+"""Distributions whose `support` says which values they can give."""
 
 
 def _feasible(base: Any, value: Any, mask: Any) -> Any:

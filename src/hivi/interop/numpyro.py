@@ -197,7 +197,7 @@ def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
     factored = Factored(factored.program, consts, factored.overrides)
     _check_held(found, factored)
     if plates:
-        run = compiled(terms)
+        run = compiled(terms, effort="quick")
         axes = {label: slicing.plate_axes(term, plates) for label, term in found.reader.terms.items()}
         checks.check_rows(lambda z, rows: run(z, source.data, rows), axes, sites, plates)
     _check_masks(source, found, sites)
@@ -336,5 +336,5 @@ def _check_masks(source: _Source, found: _Found, sites: Sequence[Site]) -> None:
         terms = source.read(data, z=z, masked=True).terms
         return {label: term.array for label, term in terms.items() if not term.latent}
 
-    run = compiled(evaluate)
+    run = compiled(evaluate, effort="quick")
     checks.check_masks(lambda z: run(z, source.data), found.masks, sites)
