@@ -289,3 +289,29 @@ def test_interrupt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_command, "run_fit", interrupted)
     result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / "data.csv", "--out", folder / "none")
     assert result.exit_code == 130
+
+
+def test_a_strategy_and_a_learning_rate_by_name(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "total.json").write_text('{"total": 4.0}')
+    result = hivi_command(
+        "fit", f"{folder / 'model.py'}:counts", "--data", tmp_path / "total.json", "--family", "mean-field", "--steps", 100,
+        "--estimator", "k=score", "--learning-rate", 0.02, "--out", tmp_path / "run", "--json",
+    )  # fmt: skip
+    assert result.exit_code in (0, 3), result.output
+    assert last_json(result)["gradients"] == {"k": "Score"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--estimator", "scor"], "'scor' is not [SITE=]NAME with NAME one of score,"),
+        (["--estimator", "=score"], "'=score' is not [SITE=]NAME"),
+        (["--estimator", "k=score", "--estimator", "k=disarm"], "two for 'k'"),
+        (["--estimator", "k=score", "--estimator", "disarm"], "either NAME alone, or SITE=NAME"),
+        (["--learning-rate", "0"], "0 is not a positive number"),
+    ],
+)
+def test_what_is_no_strategy_or_rate_is_wrong_usage(folder: Path, options: list[str], expected: str) -> None:
+    result = hivi_command("fit", f"{folder / 'model.py'}:counts", *options)
+    assert result.exit_code == 2
+    assert expected in " ".join(re.sub(r"[│\n]", " ", result.stderr).split())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 from numpyro.distributions import constraints
 
 import hivi
+from hivi._fit import loop
 from hivi._fit.step import run_chunk
 
 TABLE = jnp.log(jnp.array([[0.1, 0.4], [0.4, 0.1]]))
@@ -203,6 +205,17 @@ def test_two_devices_give_the_same_fit() -> None:
     assert two.history["elbo"] == pytest.approx(one.history["elbo"], rel=1e-4)
     with pytest.raises(hivi.FitError, match="no such plate"):
         hivi.fit(target, hivi.MeanField(), mesh=Mesh(devices, ("rows",)), **options)
+
+
+@pytest.mark.parametrize("wrong", ["score", hivi.Score, {"z": hivi.Score}])
+def test_what_is_no_strategy_is_refused(wrong: Any) -> None:
+    with pytest.raises(hivi.FitError, match=r"estimator=.*core.*Cure: .*parentheses"):
+        loop._resolve(wrong)
+
+
+def test_what_is_no_bound_is_refused() -> None:
+    with pytest.raises(hivi.FitError, match=r"bound=.*Elbo.*parentheses"):
+        loop._bound(hivi.Elbo)
 
 
 def test_second_fit_compiles_nothing() -> None:

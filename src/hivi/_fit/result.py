@@ -140,7 +140,7 @@ class Fit:
         """
         if samples < 1:
             raise FitError(message("Fit.sample(samples=...)", str(samples), "at least 1", "ask for one draw or more"))
-        draws = _draws.at(effort_for(PER_PARAMETER * _size(self.proposal), samples))(self.proposal, key, samples)
+        draws = _draws.at(effort_for(float(PER_PARAMETER * _size(self.proposal)), samples))(self.proposal, key, samples)
         if self.target is not None:
             return _constrain_target(self.target, draws)
         return self.program(draws) if self.program is not None else _constrain_sites(self.sites, draws)

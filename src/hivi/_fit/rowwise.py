@@ -17,6 +17,7 @@ from hivi._estimators.expectation import Expectation
 from hivi._estimators.surrogate import terms_by_view, viewed_terms, views_of
 from hivi._families.base import AbstractProposal
 from hivi._fit.stream import at_blocks, conditioned
+from hivi._locality.base import Factor
 from hivi._target.base import Target
 from hivi._tree import Key
 
@@ -47,13 +48,23 @@ def row_bounds(
             )
         )
 
+    def of_rows(factor: Factor) -> bool:
+        return bool(mine & {name for name, _ in factor.scope}) or (
+            factor.shape[:1] == (plate.batch,) and not factor.scope
+        )
+
+    # A term's constant that is the same for all rows is a factor of its own, and a number: each row has its share.
+    shared = {f.name for f in target.factored.factors if of_rows(f)}
+
     def one(k: Key) -> tuple[Array, Array]:
         k1, k2 = jax.random.split(k)
         z, context = local.propose(k1)
         views = terms_by_view(target, z, views_of(target, local, context, linear=True))
         each, whole = jnp.zeros(plate.batch), jnp.zeros(())
         for factor, term in zip(target.factored.factors, viewed_terms(target, views, rows), strict=True):
-            if mine & {name for name, _ in factor.scope} or (factor.shape[:1] == (plate.batch,) and not factor.scope):
+            if factor.shape == () and not factor.scope and factor.name in shared:
+                each = each + factor.weight / plate.scale * term / plate.batch
+            elif of_rows(factor):
                 each = each + factor.weight / plate.scale * jnp.sum(term.reshape(plate.batch, -1), 1)
             else:
                 whole = whole + factor.weight * jnp.sum(term)
