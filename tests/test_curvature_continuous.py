@@ -42,6 +42,19 @@ def funnel() -> hivi.Target:
     return hivi.from_log_joint(log_joint, {"v": hivi.Latent(), "x": hivi.Latent()})
 
 
+def ard() -> hivi.Target:
+    """Automatic relevance determination: the log precision of one weight, and the weight, which the data hardly hold."""
+
+    def log_joint(z: dict[str, Array]) -> dict[str, Array]:
+        return {
+            "log alpha": 2.0 * z["log alpha"] - 2.0 * jnp.exp(z["log alpha"]),
+            "w": dist.Normal(0.0, jnp.exp(-0.5 * z["log alpha"])).log_prob(z["w"]),
+            "y": dist.Normal(z["w"], 1.5).log_prob(0.4),
+        }
+
+    return hivi.from_log_joint(log_joint, {"log alpha": hivi.Latent(), "w": hivi.Latent()})
+
+
 def switch() -> hivi.Target:
     """A Bernoulli that moves the mean of a Normal and, a little, its scale."""
 
@@ -117,7 +130,7 @@ def by_quadrature(target: hivi.Target) -> tuple[hivi.Fit, np.ndarray]:
 
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(gaussian, marks=pytest.mark.slow), funnel, pytest.param(switch, marks=pytest.mark.slow)],
+    [pytest.param(gaussian, marks=pytest.mark.slow), funnel, ard, pytest.param(switch, marks=pytest.mark.slow)],
     ids=lambda f: f.__name__,
 )
 def test_against_the_hessian_by_quadrature(make: Callable[[], hivi.Target], x64):
@@ -162,6 +175,15 @@ def test_a_funnel_couples_a_location_with_a_log_scale(x64):
     assert "v (" in found.couples[0]
     assert "log sd of x (" in found.couples[0]
     assert str(found).splitlines()[-1].startswith("Mixing along")
+
+
+def test_ard_couples_a_precision_with_the_log_scale_of_its_weight(x64):
+    """The entry between them is exactly minus the expected change of alpha w^2 / 2: negative, and not small."""
+    fit, exact = by_quadrature(ard())
+    order = {s.name: 2 * k for k, s in enumerate(fit.sites)}
+    assert exact[order["log alpha"], order["w"] + 1] < -0.2
+    found = curvature(fit, key=jax.random.key(0), samples=8192, top=3)
+    assert any("log alpha (" in c and "log sd of w (" in c for c in found.couples[:2]), found.couples
 
 
 @pytest.mark.slow
