@@ -400,14 +400,14 @@ def test_impossible_observations_are_refused_unless_they_are_masked(case):
 
 
 def test_the_ends_of_a_support_and_supports_that_depend_on_latents_are_allowed():
-    from_numpyro(seen, dist.Exponential(1.0), jnp.array([0.0, 1.0, 2.0]))
-    from_numpyro(seen, dist.Uniform(0.0, 1.0), jnp.array([0.0, 1.0, 0.5]))
+    for fn, y in ((dist.Exponential(1.0), [0.0, 1.0, 2.0]), (dist.Uniform(0.0, 1.0), [0.0, 1.0, 0.5])):
+        assert [s.name for s in from_numpyro(seen, fn, jnp.array(y)).sites] == ["loc"]
 
     def model(y):
         end = numpyro.sample("end", dist.Exponential(1.0))
         numpyro.sample("y", dist.Uniform(-1.0, end).expand([3]).to_event(1), obs=y)
 
-    from_numpyro(model, jnp.array([0.0, 5.0, 0.5]))
+    assert [s.name for s in from_numpyro(model, jnp.array([0.0, 5.0, 0.5])).sites] == ["end"]
 
 
 def test_supports_that_are_not_the_distributions_own_refuse_nothing():
@@ -417,7 +417,7 @@ def test_supports_that_are_not_the_distributions_own_refuse_nothing():
         (dist.ZeroInflatedDistribution(dist.DiscreteUniform(1, 5), gate=0.3), [0, 2, 3]),
         (dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(jnp.zeros(2), 1.0)), [0.0, 9.0, -9.0]),
     ):
-        from_numpyro(seen, fn, jnp.array(y))
+        assert [s.name for s in from_numpyro(seen, fn, jnp.array(y)).sites] == ["loc"]
 
     def totals(y):
         rate = numpyro.sample("rate", dist.Normal(0, 1))
@@ -429,7 +429,7 @@ def test_supports_that_are_not_the_distributions_own_refuse_nothing():
 
         scan(one, 0, y)
 
-    from_numpyro(totals, jnp.array([[1, 2], [2, 0], [3, 1]]))
+    assert [s.name for s in from_numpyro(totals, jnp.array([[1, 2], [2, 0], [3, 1]])).sites] == ["rate"]
 
 
 def test_observations_that_are_no_array_or_of_another_shape_are_refused():
