@@ -15,8 +15,9 @@ from jaxtyping import Array
 from cases import quick
 from hivi._likelihood import likelihood
 from hivi._likelihoods.base import AbstractLikelihood
-from hivi._likelihoods.poisson import MAX_LOG_RATE
+from hivi._likelihoods.poisson import MAX_LOG_RATE, PART, SHARE, poisson
 from hivi._space import Site, Values
+from hivi._tree import sum_all
 
 SITES: dict[str, Values] = {
     "bernoulli": Values("finite", 0, 2),
@@ -282,3 +283,32 @@ def test_features_start_with_one_and_are_finite(name):
     features = s.kind.features(s.support)
     assert (features[..., 0] == 1).all()
     assert jnp.isfinite(features).all()
+
+
+@pytest.mark.parametrize(
+    "rates", [(0.02, 3.0, 8.0), (0.5, 8.01, 11.0), (5.0, 40.0, 1500.0)], ids=["small", "few", "many"]
+)
+def test_many_poisson_draws_have_their_distribution(rates: tuple[float, ...]):
+    # As many of each rate as the sampler needs to take the way of large arrays; "few" has few beyond its part, "many" many.
+    times = (2 * SHARE, 1, 1) if rates[1] > PART and rates[2] < 20 else (1, 1, 1)
+    layout = np.repeat(rates, 4096 * np.array(times))
+    drawn = np.asarray(quick(poisson)(jax.random.key(3), jnp.asarray(layout, jnp.float32)))
+    for rate in rates:
+        own = drawn[layout == rate]
+        edges = scipy.stats.poisson.ppf(np.linspace(0.0, 1.0, 9)[1:-1], rate)
+        edges = np.concatenate([[-1.0], np.unique(edges), [np.inf]])
+        expected = np.diff(scipy.stats.poisson.cdf(edges, rate)) * len(own)
+        observed = np.histogram(own, edges + 0.5)[0]
+        statistic = np.sum((observed - expected) ** 2 / expected)
+        assert scipy.stats.chi2.sf(statistic, len(expected) - 1) > 1e-4, rate
+        assert abs(own.mean() - rate) < 4.5 * np.sqrt(rate / len(own))
+        assert abs(own.var() / rate - 1) < 4.5 * np.sqrt((2 + 1 / rate) / len(own))
+
+
+@pytest.mark.parametrize("shape", [(70_001,), (1000, 81), (100, 3, 300)])
+def test_large_sums_are_sums(shape: tuple[int, ...]):
+    x = np.random.default_rng(0).normal(1.0, 1.0, shape).astype(np.float32)
+    found, slope = quick(jax.value_and_grad(lambda a: sum_all(jnp.exp(a))))(x)
+    np.testing.assert_allclose(found, np.exp(x.astype(np.float64)).sum(), rtol=2e-6)
+    np.testing.assert_allclose(slope, np.exp(x), rtol=1e-5)
+    np.testing.assert_allclose(quick(jax.vmap(sum_all))(x[None]), x.sum(dtype=np.float64), rtol=2e-6)

@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import potential_energy
 from numpyro.primitives import mutable
+from scipy.stats import norm
 
 from hivi._errors import TargetError
 from hivi._target.base import Target, explain
@@ -887,3 +888,30 @@ def test_the_models_own_errors_are_not_hidden():
         from_numpyro(of(wrong), Y)
     with pytest.raises(NotImplementedError, match="control flow"):
         from_numpyro(of(plate_around_scan), Y)
+
+
+def grouped(group, y):
+    with numpyro.plate("groups", 4):
+        a = numpyro.sample("a", dist.Bernoulli(0.3))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(1.0 * a[group], 1.0), obs=y)
+
+
+def test_indices_that_are_arguments_are_read():
+    group, y = np.array([0, 3, 1, 1, 2, 0]), np.array([0.1, 1.2, -0.3, 0.4, 2.0, 0.9], np.float32)
+    first, second = (from_numpyro(grouped, jnp.asarray(g), y) for g in (group, group[::-1].copy()))
+    assert not first.factored.program.losses
+    assert first.factored.program == from_numpyro(grouped, group, 2 * y).factored.program
+    assert first.factored.program != second.factored.program
+    for target, index in ((first, group), (second, group[::-1])):
+        z = jnp.array([0, 1, 1, 0], jnp.int32)
+        found = target.factored.differences("a", (1 - z)[None], {"a": z}, target.data, target.all_rows())[0]
+        signal = target.factored.signal("a", (4,), target.terms({"a": z}))
+        for k in range(4):
+            own = [norm.logpdf(y[index == k], v) for v in (z[k], 1 - z[k])]
+            prior = [np.log([0.7, 0.3])[v] for v in (z[k], 1 - z[k])]
+            assert float(found[k]) == pytest.approx(own[1].sum() - own[0].sum() + prior[1] - prior[0], rel=1e-5)
+            assert float(signal[k]) == pytest.approx(own[0].sum() + prior[0], rel=1e-5)
+    assert from_numpyro(
+        grouped, group, y, subsample={"data": 2}
+    ).factored.program.losses  # which rows, only a draw tells

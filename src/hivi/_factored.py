@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -32,7 +32,7 @@ from hivi._locality.peel import peel
 from hivi._locality.place import place
 from hivi._locality.rolling import roll
 from hivi._space import Latents
-from hivi._tree import PyTree
+from hivi._tree import PyTree, sum_all
 
 UNROLL = 4
 """Up to this many evaluations of a difference are written out; more run in a compiled loop."""
@@ -189,7 +189,7 @@ class Factored(eqx.Module):
 
     def total(self, terms: Sequence[Array]) -> Array:
         """The log-density: the weighted sum of all factor arrays; a scalar."""
-        sums = [f.weight * jnp.sum(a) for f, a in zip(self.factors, terms, strict=True)]
+        sums = [f.weight * sum_all(a) for f, a in zip(self.factors, terms, strict=True)]
         return functools.reduce(jnp.add, sums, jnp.zeros(()))
 
     def signal(self, site: str, shape: tuple[int, ...], terms: Sequence[Array]) -> Array:
@@ -254,6 +254,7 @@ def factorise(
     scales: Mapping[str, float] | None = None,
     overrides: Mapping[tuple[str, str], Difference] | None = None,
     declared: Mapping[str, Mapping[str, Maps]] | None = None,
+    indexed: Collection[str] = (),
 ) -> Factored:
     """Trace `fn(z, *rest)` once and split it into local factors.
 
@@ -265,6 +266,8 @@ def factorise(
         overrides: (term name, site) -> closed form of the change of the whole (scaled) term.
         declared: term name -> site -> maps, for terms whose code (sparse kernels) hides its locality from the analysis; its
             author answers for them.
+        indexed: sites for which, where locality would be lost otherwise, it is read from the values of integer arrays in
+            `rest` too. The program is then that of these values: others make another program.
 
     Raises:
         TargetError: a term is not a real number.
@@ -291,7 +294,10 @@ def factorise(
     jaxpr = _jaxprs.trimmed(_jaxprs.rebuild(jaxpr, outvars=[t.var for t in parts]))
     # Captured arrays stay arguments of the compiled program, but indices among them are part of its structure.
     fixed = _jaxprs.rebuild(jaxpr, invars=jaxpr.invars[len(consts) :], constvars=jaxpr.invars[: len(consts)])
-    found, losses = scopes(fixed, [*sites, *[None] * len(leaves)], consts)
+    seeds = [*sites, *[None] * len(leaves)]
+    found, losses = scopes(fixed, seeds, consts)
+    if any(loss.site in indexed for loss in losses):
+        found, losses = scopes(fixed, seeds, consts, [*[None] * len(sites), *map(_integers, leaves)])
     scales = scales or {}
     found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, found, strict=True)]
     factors = tuple(
@@ -305,6 +311,12 @@ def factorise(
     )
     program = Program(jaxpr, sites, factors, tuple(losses), _jaxprs.fingerprint(jaxpr))
     return Factored(program, tuple(consts), tuple((*key, rule) for key, rule in (overrides or {}).items()))
+
+
+def _integers(leaf: Any) -> np.ndarray | None:
+    """The values of an integer or boolean array; None for all else."""
+    here = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
+    return np.asarray(leaf) if here and leaf.dtype.kind in "iub" else None
 
 
 def _real(name: str, value: Any) -> Array:

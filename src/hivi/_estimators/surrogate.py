@@ -19,7 +19,7 @@ from hivi._families.base import AbstractProposal
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents
 from hivi._target.base import Rows, Target
-from hivi._tree import Key, PyTree, held, value_zero
+from hivi._tree import Key, PyTree, held, sum_all, value_zero
 
 Strategies = Mapping[str, AbstractStrategy]
 HIDDEN = HierarchicalScore()
@@ -149,7 +149,7 @@ def _draw(
     landed = proposal.landed(z, context, landing) if landing else {}
     if not detached:
         terms = {**proposal.log_q(z, context, k_inner, inner), **landed}
-        total = sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
+        total = sum((scales.get(n, 1.0) * sum_all(t) for n, t in terms.items()), jnp.zeros(()))
         return log_p - total, {}, jnp.zeros(())
 
     def log_q(free: Mapping[str, Array]) -> dict[str, Array]:
@@ -210,7 +210,7 @@ def _above(
 def _total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, inner: int) -> Array:
     """`log_q` of a draw, summed."""
     scales, terms = proposal.scales(), proposal.log_q(z, context, key, inner)
-    return sum((scales.get(n, 1.0) * jnp.sum(t) for n, t in terms.items()), jnp.zeros(()))
+    return sum((scales.get(n, 1.0) * sum_all(t) for n, t in terms.items()), jnp.zeros(()))
 
 
 def views_of(target: Target, proposal: AbstractProposal, context: PyTree, linear: bool) -> dict[str, Latents]:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._tree import Key, value_zero
 
-PART, TERMS, MANY = 30.0, 120, 1024
+PART, TERMS, MANY, SHARE = 8.0, 60, 1024, 8
 MAX_LOG_RATE = 20.0
 """Log rates are used up to e^20: beyond that an int32 draw and a float32 count lose their last digits."""
 
@@ -84,37 +84,42 @@ class PoissonLikelihood(AbstractLikelihood):
 
 
 def poisson(key: Key, rate: Array) -> Array:
-    """Poisson draws: many of moderate rate by inversion, as sums of draws of rate at most 30; else by JAX's rejection.
+    """Poisson draws: many of them by inversion up to a rate of `PART`, with the rest of the larger rates drawn apart.
 
-    A uniform beyond the float32 sum of all probabilities (1e-7 of draws) ends at the largest value that has one.
+    A sum of Poisson draws is one of the summed rate, so that the larger rates, where they are few, cost by their number. A
+    uniform beyond the float32 sum of all probabilities (1e-7 of draws) ends at the largest value that has one.
     """
     if rate.size < MANY:
         return jax.random.poisson(key, rate, dtype=jnp.int32)
+    k_part, k_rest = jax.random.split(key)
+    part = jnp.minimum(rate, PART)
+    rest, few = (rate - part).ravel(), rate.size // SHARE
 
-    def inversion(k: Key, part: Array) -> Array:
-        u = jax.random.uniform(k, part.shape, part.dtype)
-        first = jnp.exp(-part)
+    def of_all(k: Key) -> Array:
+        return jax.random.poisson(k, rest, dtype=jnp.int32)
 
-        def more(carry: tuple[Array, Array, Array, Array]) -> Array:
-            step, _, total, _ = carry
-            return (step < TERMS) & jnp.any(total <= u)
+    def of_few(k: Key) -> Array:
+        places = jnp.nonzero(rest > 0, size=few, fill_value=rest.size)[0]
+        drawn = jax.random.poisson(k, rest.at[places].get(mode="fill", fill_value=0.0), dtype=jnp.int32)
+        return jnp.zeros(rest.shape, jnp.int32).at[places].set(drawn, mode="drop")
 
-        def add(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            step, mass, total, count = carry
-            mass = mass * part / (step + 1)
-            return step + 1, mass, total + mass, count + (total <= u)
+    more = jax.lax.cond(jnp.sum(rest > 0) <= few, of_few, of_all, k_rest)
+    return _inversion(k_part, part) + more.reshape(rate.shape)
 
-        start = (jnp.array(0, jnp.int32), first, first, jnp.zeros(part.shape, jnp.int32))
-        return jax.lax.while_loop(more, add, start)[3]
 
-    def split(k: Key) -> Array:
-        def draw(carry: tuple[Key, Array, Array]) -> tuple[Key, Array, Array]:
-            k, left, count = carry
-            k, now = jax.random.split(k)
-            part = jnp.minimum(left, PART)
-            return k, left - part, count + inversion(now, part)
+def _inversion(key: Key, rate: Array) -> Array:
+    """Draws of rates up to `PART`: the number of partial sums of probabilities that a uniform exceeds."""
+    u = jax.random.uniform(key, rate.shape, rate.dtype)
+    first = jnp.exp(-rate)
 
-        start = (k, rate, jnp.zeros(rate.shape, jnp.int32))
-        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), draw, start)[2]
+    def more(carry: tuple[Array, Array, Array, Array]) -> Array:
+        step, _, total, _ = carry
+        return (step < TERMS) & jnp.any(total <= u)
 
-    return jax.lax.cond(jnp.all(rate < 20 * PART), split, lambda k: jax.random.poisson(k, rate, dtype=jnp.int32), key)
+    def add(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        step, mass, total, count = carry
+        mass = mass * rate / (step + 1)
+        return step + 1, mass, total + mass, count + (total <= u)
+
+    start = (jnp.array(0, jnp.int32), first, first, jnp.zeros(rate.shape, jnp.int32))
+    return jax.lax.while_loop(more, add, start)[3]

@@ -52,7 +52,10 @@ _CALLS = {
 
 
 def scopes(
-    jaxpr: Any, seeds: Sequence[str | None], consts: Sequence[Any] | None = None
+    jaxpr: Any,
+    seeds: Sequence[str | None],
+    consts: Sequence[Any] | None = None,
+    inputs: Sequence[Any] | None = None,
 ) -> tuple[list[Scope], list[Loss]]:
     """Find which latent coordinates each element of each output can depend on.
 
@@ -61,6 +64,7 @@ def scopes(
         seeds: for each input variable, the name of the latent that it is, or None.
         consts: values of the constant variables. Integer arrays among them that are affine in one
             index keep indexing exact; the answer then holds for these values only.
+        inputs: in the same way, values of the input variables that are not latents; None where not known.
 
     Returns:
         One scope per output variable, and the places where locality was given up.
@@ -70,8 +74,8 @@ def scopes(
     try:
         constants = interpreter.constants(jaxpr, consts)
         args = [
-            Arr(_shape(v), {} if site is None else {site: identity(len(sizes[site]))})
-            for v, site in zip(jaxpr.invars, seeds, strict=True)
+            _literal(_shape(v), x) if site is None else Arr(_shape(v), {site: identity(len(sizes[site]))})
+            for v, site, x in zip(jaxpr.invars, seeds, inputs or [None] * len(seeds), strict=True)
         ]
         outs = interpreter.run(jaxpr, constants, args)
     except _MutableArrays:

@@ -30,7 +30,8 @@ def from_log_joint(
         log_joint: function of a dict site -> value (in the latents' own, constrained space), and of `data` if that is
             given. It returns log p(x, z) in nats as a scalar, or an array or dict of arrays whose total it is.
         latents: site -> its shape and support.
-        data: optional PyTree of arrays, passed as second argument; new data of the same shapes compile nothing anew.
+        data: optional PyTree of arrays, passed as second argument; new data of the same shapes compile nothing anew, but
+            where integers in them pick elements of discrete latents: these are read, to know which element meets which datum.
             Arrays that the function closes over are treated likewise.
         differences: optional closed forms: (term name, discrete site) -> `fn(z, moved, data, rows)`, the change of that
             whole term when one coordinate at a time takes its value in `moved`, as an array of the site's shape.
@@ -67,7 +68,8 @@ def from_log_joint(
 
     example = {s.name: s.example() for s in sites}
     try:
-        factored = factorise(terms, example, data, {}, overrides=differences)
+        discrete = {s.name for s in sites if s.discrete}
+        factored = factorise(terms, example, data, {}, overrides=differences, indexed=discrete)
     except KeyError as error:
         if error.args[:1] and isinstance(error.args[0], str) and error.args[0] not in latents:
             found = f"a look-up of {error.args[0]!r}, which is no latent's name"

@@ -48,7 +48,8 @@ def from_numpyro(
 
     Args:
         model: a NumPyro model.
-        *args: its arguments; arrays among them may change later without compiling anew.
+        *args: its arguments; arrays among them may change later without compiling anew. Integers that pick elements of
+            discrete latents (`a[group]`) are read, so that each element of `a` meets its own rows alone; others compile anew.
         subsample: plate -> rows per minibatch, in place of the `subsample_size` that the model declares. Where the
             model does not use the row numbers itself, its array arguments are sliced along the plate.
         **kwargs: its keyword arguments.
@@ -191,7 +192,12 @@ def _build(name: str, source: _Source, requested: dict[str, int]) -> Target:
         for label, term in found.reader.terms.items()
     }
     factored = factorise(
-        terms, {s.name: s.example() for s in sites}, source.data, slicing.row_numbers(plates), scales=scales
+        terms,
+        {s.name: s.example() for s in sites},
+        source.data,
+        slicing.row_numbers(plates),
+        scales=scales,
+        indexed={s.name for s in sites if s.discrete},
     )
     consts = tuple(c if isinstance(c, jax.Array) else jnp.asarray(c) for c in factored.consts)
     factored = Factored(factored.program, consts, factored.overrides)
