@@ -13,7 +13,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.distributions import constraints
+from numpyro.distributions import Poisson, constraints
 from typer.testing import CliRunner, Result
 
 import hivi
@@ -233,6 +233,10 @@ def test_plots(discrete: hivi.Comparison, tmp_path: Path) -> None:
 
 def test_defaults_suit_the_supports() -> None:
     assert list(default_families(table())) == ["mean-field", "mixture", "hierarchical", "hierarchical-full-rank"]
+    counts = hivi.from_log_joint(
+        lambda z: Poisson(3.0).log_prob(z["z"]), {"z": hivi.Latent((), constraints.nonnegative_integer)}
+    )
+    assert list(default_families(counts))[-1] == "hierarchical-dispersed"
     assert list(default_families(gaussian())) == [
         "mean-field",
         "full-rank",

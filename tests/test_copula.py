@@ -19,7 +19,8 @@ import hivi
 from cases import TARGETS, built, perturbed, quick
 from hivi._dependence import GaussianDependence, VineDependence
 from hivi._families.latent_copula import marginal_of
-from hivi._likelihoods.threshold import BinomialMarginal, CountMarginal, FiniteMarginal, ThresholdLikelihood
+from hivi._likelihoods.marginals import BinomialMarginal, CountMarginal, FiniteMarginal
+from hivi._likelihoods.threshold import ThresholdLikelihood
 from hivi._normal import from_logit, log_interval, to_logit
 from hivi._pairs import FrankPair, GaussianPair
 from hivi.reproduce.bernoulli import table_target

@@ -46,6 +46,8 @@ PAIRS = {
     ("_families/copula.py", "_families/reverse.py"),
     ("_families/latent_copula.py", "_families/reverse.py"),
     ("_likelihoods/negative_binomial.py", "_likelihoods/poisson.py"),
+    ("_likelihoods/threshold.py", "_likelihoods/marginals.py"),
+    ("_likelihoods/dispersed.py", "_likelihoods/marginals.py"),
     ("_families/amortised.py", "_families/mean_field.py"),
     ("_families/base.py", "_families/checks.py"),
     ("_families/standardised.py", "_families/flow.py"),

@@ -28,6 +28,8 @@ SITES: dict[str, Values] = {
     "count from 1": Values("count", 1, 0),
     "negative binomial": Values("count", 0, 0, 4.0),
     "geometric from 1": Values("count", 1, 0, 1.0),
+    "dispersed": Values("count", 0, 0, dispersed=True),
+    "dispersed from 1": Values("count", 1, 0, dispersed=True),
     "binomial": Values("binomial", 0, 81),
     "binomial from 2": Values("binomial", 2, 12),
     "normal": Values("real"),
@@ -97,13 +99,25 @@ def test_score_is_the_derivative(name):
     np.testing.assert_allclose(found, right, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("name", [n for n, v in SITES.items() if not v.dispersed])
 def test_fisher_is_the_second_moment_of_the_score(name):
     s = setting(name)
     p = np.asarray(s.probabilities(), np.float64)
     score = np.asarray(s.kind.score(jnp.broadcast_to(s.lam, (len(s.support), len(s.lam))), s.support), np.float64)
     right = np.einsum("v,vi,vj->ij", p / p.sum(), score, score)
     np.testing.assert_allclose(s.kind.fisher(s.lam), right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n, v in SITES.items() if v.dispersed])
+@pytest.mark.parametrize("lam", [(1.0, -0.4), (1.0, 0.3), (3.0, 0.0), (3.0, 1.0)])
+def test_fisher_of_a_free_spread_is_about_right(name, lam):
+    s = setting(name)._replace(lam=jnp.array(lam))
+    p = np.asarray(s.probabilities(), np.float64)
+    score = np.asarray(s.kind.score(jnp.broadcast_to(s.lam, (len(p), 2)), s.support), np.float64)
+    right = np.einsum("v,vi,vj->ij", p / p.sum(), score, score)
+    ratios = np.linalg.eigvals(np.linalg.solve(right, np.asarray(s.kind.fisher(s.lam), np.float64))).real
+    assert ratios.min() > 0.5
+    assert ratios.max() < 3.0
 
 
 @pytest.mark.parametrize("name", DISCRETE)

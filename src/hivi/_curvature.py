@@ -267,13 +267,10 @@ def _check(fit: Fit, samples: int, top: int, names: Sequence[str] | None) -> tup
                 "fit them with family=hivi.MeanField()",
             )
         )
-    wide = [s.name for s in fit.proposal.sites if s.values.concentration > 0]
-    if wide:
-        raise FitError(
-            message(
-                f"curvature at site {wide[0]!r}", "a negative-binomial q", "Poisson", "fit it with hivi.MeanField()"
-            )
-        )
+    other = [s for s in fit.proposal.sites if s.values.concentration > 0 or s.values.dispersed]
+    if other:
+        name, found = other[0].name, "a q of free spread" if other[0].values.dispersed else "a negative-binomial q"
+        raise FitError(message(f"curvature at site {name!r}", found, "Poisson", "fit it with hivi.MeanField()"))
     local = [s for s in sites if s.local is not None]
     plates = {s.local[0].name for s in local if s.local is not None}
     if len(plates) > 1:

@@ -7,7 +7,9 @@ from jaxtyping import Array
 
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._likelihoods.binomial import BinomialLikelihood
+from hivi._likelihoods.dispersed import DispersedLikelihood
 from hivi._likelihoods.finite import FiniteLikelihood
+from hivi._likelihoods.marginals import CountMarginal
 from hivi._likelihoods.negative_binomial import NegativeBinomialLikelihood
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._likelihoods.poisson import PoissonLikelihood
@@ -39,6 +41,8 @@ def likelihood(site: Site) -> AbstractLikelihood:
         return FiniteLikelihood(values)
     if values.kind == "binomial":
         return BinomialLikelihood(values.low, values.count)
+    if values.dispersed:
+        return DispersedLikelihood(CountMarginal(values.low))
     if values.concentration > 0:
         return NegativeBinomialLikelihood(values.low, values.concentration)
     return PoissonLikelihood(values.low)

@@ -54,12 +54,14 @@ class Values:
         low: the smallest integer value.
         count: number of values, 0 where it is infinite.
         concentration: of the q of a count, negative binomial; 0 for Poisson.
+        dispersed: whether the spread of q is free, for a count.
     """
 
     kind: Literal["real", "finite", "binomial", "count"]
     low: int = 0
     count: int = 0
     concentration: float = 0.0
+    dispersed: bool = False
 
 
 class Plate(NamedTuple):

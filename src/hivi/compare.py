@@ -49,6 +49,7 @@ NAMED: dict[str, AbstractFamily] = {
     "mixture": Mixture(components=4),
     "hierarchical": Hierarchical(),
     "hierarchical-full-rank": Hierarchical(prior=FullRank()),
+    "hierarchical-dispersed": Hierarchical(dispersed=True),
 }
 """Families by the names that the table and the command line give them."""
 
@@ -58,7 +59,8 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
 
     Mean-field always; for continuous sites alone full-rank, a flow in standardised coordinates and a plain one (up to 400
     coordinates), and a mixture; with discrete sites a mixture and two hierarchies, over a flow and over a full-rank
-    Gaussian. No mixtures over the rows of a subsampled plate. A streamed target gets mean-field and the hierarchy.
+    Gaussian, and with counts one whose counts have a free spread. No mixtures over the rows of a subsampled plate. A
+    streamed target gets mean-field and the hierarchy.
 
     Example:
         >>> import hivi
@@ -73,6 +75,7 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
         names += ["hierarchical"]
     elif any(s.discrete for s in target.sites):
         names += ["mixture", "hierarchical", "hierarchical-full-rank"]
+        names += ["hierarchical-dispersed"] if any(s.values.kind == "count" for s in target.sites) else []
     else:
         names += [*(["full-rank", "standardised", "flow"] if dense else []), "mixture", "hierarchical"]
     rows = any(s.local is not None for s in target.sites)

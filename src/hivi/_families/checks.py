@@ -9,19 +9,24 @@ from hivi._errors import FamilyError, message
 from hivi._space import Site
 
 
-def with_concentration(sites: tuple[Site, ...], concentration: float | None) -> tuple[Site, ...]:
-    """The sites with negative-binomial q for counts, where a concentration is given.
+def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed: bool) -> tuple[Site, ...]:
+    """The sites with negative-binomial q for counts, where a concentration is given, or with q of free spread.
 
     Raises:
-        FamilyError: a concentration that is not positive.
+        FamilyError: a concentration that is not positive, or both.
     """
-    if concentration is None:
+    if dispersed and concentration is not None:
+        cure = "dispersed=True also widens, up to four times a Poisson's variance; leave one out"
+        raise FamilyError(message("dispersed=True", f"concentration={concentration!r} as well", "one of them", cure))
+    if concentration is None and not dispersed:
         return sites
-    if not concentration > 0:
+    if concentration is not None and not concentration > 0:
         raise FamilyError(
             message("concentration=...", repr(concentration), "a positive number", "1 is Geometric, None Poisson")
         )
-    values = (dataclasses.replace(s.values, concentration=float(concentration)) for s in sites)
+    values = [
+        dataclasses.replace(s.values, concentration=float(concentration or 0), dispersed=dispersed) for s in sites
+    ]
     return tuple(
         dataclasses.replace(s, values=v) if v.kind == "count" else s for s, v in zip(sites, values, strict=True)
     )

@@ -21,7 +21,7 @@ from hivi._families.auxiliary import (
     Linearised,
     Link,
 )
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, with_concentration
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, with_counts
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.low_rank import LowRank
@@ -61,6 +61,8 @@ class Hierarchical(AbstractFamily):
         shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
             location and scale of lambda; otherwise each row has all parameters for itself.
         concentration: of counts: q(z_i|lambda_i) is negative binomial with this concentration (1: Geometric); Poisson if None.
+        dispersed: of counts: q(z_i|lambda_i) also has a free spread, narrower (down to 1/256 of a Poisson's variance) or wider
+            (up to 4 times). A mixture of Poissons is never narrower than a Poisson.
 
     Example:
         >>> import hivi
@@ -76,9 +78,10 @@ class Hierarchical(AbstractFamily):
     along: Any = None
     shared: bool = False
     concentration: float | None = None
+    dispersed: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        sites = with_concentration(sites, self.concentration)
+        sites = with_counts(sites, self.concentration, self.dispersed)
         link = Link(sites)
         k1, k2, k3 = jax.random.split(key, 3)
         space = (Site(LAM, (link.dim,), Values("real"), (link.dim,)),)
@@ -128,7 +131,7 @@ class Hierarchical(AbstractFamily):
         count, parts = found.spread.shape[-1], []
         for s in link.sites:
             shape = (count, *s.shape, likelihood(s).width)
-            part = found.vectors.get(s.name, jnp.zeros(shape))
+            part = with_spread(s, found.vectors.get(s.name, jnp.zeros(shape)))
             if found.rows is not None or part.shape != shape:
                 raise FamilyError(
                     message(
@@ -160,6 +163,7 @@ class Hierarchical(AbstractFamily):
     def _from_start(self, link: Link) -> tuple[Array, Array]:
         """Location at the mean-field optimum; scale small against its Fisher information."""
         found = start_parameters(self.start)
+        found |= {s.name: with_spread(s, found[s.name]) for s in link.sites if s.name in found}
         lam, scale = {}, {}
         for s in link.sites:
             if s.name not in found or found[s.name].shape != (*s.shape, likelihood(s).width):
@@ -174,6 +178,12 @@ class Hierarchical(AbstractFamily):
             lam[s.name] = found[s.name]
             scale[s.name] = narrow(s, lam[s.name])
         return link.join(lam), link.join(scale)
+
+
+def with_spread(site: Site, lam: Array) -> Array:
+    """Parameters of Poissons, or directions in them, as those of counts with a free spread, where a site has one (0: Poisson)."""
+    poisson = site.values.dispersed and lam.shape[-1:] == (1,)
+    return jnp.concatenate([lam, jnp.zeros_like(lam)], -1) if poisson else lam
 
 
 def start_parameters(start: Any) -> dict[str, Array]:

@@ -17,13 +17,8 @@ from hivi._families.base import AbstractProposal, Conditional, Layout
 from hivi._families.reverse import AbstractReverse
 from hivi._likelihood import likelihood
 from hivi._likelihoods.finite import FiniteLikelihood
-from hivi._likelihoods.threshold import (
-    AbstractMarginal,
-    BinomialMarginal,
-    CountMarginal,
-    FiniteMarginal,
-    ThresholdLikelihood,
-)
+from hivi._likelihoods.marginals import AbstractMarginal, BinomialMarginal, CountMarginal, FiniteMarginal
+from hivi._likelihoods.threshold import ThresholdLikelihood
 from hivi._margins import Margins
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of, with_concentration
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of, with_counts
 from hivi._likelihood import likelihood, natural_gradient
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
@@ -23,6 +23,8 @@ class MeanField(AbstractFamily):
     Args:
         concentration: of counts: q(z_i) is negative binomial with this concentration (1: Geometric), wider than the Poisson that
             None gives.
+        dispersed: of counts: q(z_i) also has a free spread, narrower (down to 1/256 of a Poisson's variance) or wider (up to 4
+            times).
 
     Example:
         >>> import hivi
@@ -31,9 +33,10 @@ class MeanField(AbstractFamily):
     """
 
     concentration: float | None = None
+    dispersed: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        sites = with_concentration(sites, self.concentration)
+        sites = with_counts(sites, self.concentration, self.dispersed)
         keys = jax.random.split(key, max(len(sites), 1))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(sites, keys, strict=False)}
         return MeanFieldProposal(sites, lam)

@@ -216,12 +216,12 @@ def _identity(target: Target, family: Any, plan: Plan, key: Key, settings: list[
 def default_family(target: Target) -> AbstractFamily:
     """What `fit` takes for `family=None`: by the supports of the target's sites.
 
-    Discrete sites (with or without continuous ones): `Hierarchical()` over all. Continuous sites only: up to 400 coordinates
-    `Standardised()`, a flow that starts at the best Gaussian (`FullRank()` where the target comes in minibatches);
-    `MeanField()` beyond.
+    Discrete sites (with or without continuous ones): `Hierarchical()` over all, `Hierarchical(dispersed=True)` where some are
+    counts. Continuous sites only: up to 400 coordinates `Standardised()`, a flow that starts at the best Gaussian (`FullRank()`
+    where the target comes in minibatches); `MeanField()` beyond.
     """
     if any(s.discrete for s in target.sites):
-        return Hierarchical()
+        return Hierarchical(dispersed=any(s.values.kind == "count" for s in target.sites))
     if sum(int(np.prod(s.shape)) for s in target.sites) > DENSE_LIMIT:
         return MeanField()
     return Standardised() if full_size(target) else FullRank()

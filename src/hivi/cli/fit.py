@@ -47,6 +47,7 @@ class Family(enum.StrEnum):
     flow = "flow"
     mixture = "mixture"
     hierarchical = "hierarchical"
+    hierarchical_dispersed = "hierarchical-dispersed"
 
 
 FAMILIES: dict[Family, AbstractFamily] = {
@@ -59,6 +60,7 @@ FAMILIES: dict[Family, AbstractFamily] = {
     Family.flow: Flow(),
     Family.mixture: Mixture(components=4),
     Family.hierarchical: Hierarchical(),
+    Family.hierarchical_dispersed: Hierarchical(dispersed=True),
 }
 
 Model = Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file, and the NumPyro model in it.")]

@@ -1,0 +1,79 @@
+"""Independent counts whose spread is free: narrower or wider than Poisson."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+from jaxtyping import Array
+
+from hivi._likelihoods.base import AbstractLikelihood
+from hivi._likelihoods.marginals import TINY, CountMarginal
+from hivi._normal import log_interval
+from hivi._tree import Key, value_zero
+
+SHEPPARD = 1 / 12
+"""Variance of a uniform over one unit: what rounding to integers adds to that of a normal variable."""
+
+
+class DispersedLikelihood(AbstractLikelihood):
+    """Independent counts, about low + Poisson(rate), widened or narrowed: the values whose thresholds enclose standard normals.
+
+    lambda_i = (log rate, free dispersion), the parameters of a `CountMarginal`. A Poisson's variance is its mean, and every
+    mixture of Poissons is wider, also given all other coordinates; here it is about mean / c^2, c in (1/2, 16). With
+    S(z) = P(z' > z), `d E f = E[(dS(z) / q(z)) (f(z+1) - f(z))]`: the Poisson's difference identity in general.
+    """
+
+    marginal: CountMarginal = eqx.field(static=True)
+    reparameterised: ClassVar[bool] = False
+    averaged: ClassVar[bool] = False
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        return self.marginal.start(shape, key)
+
+    def near(self, lam: Array, mean: Array) -> Array:
+        return lam.at[..., 0].add(jnp.log(jnp.maximum(mean - self.marginal.low, 1e-3)))
+
+    def sample(self, lam: Array, key: Key) -> Array:
+        return self.marginal.value(lam, jax.random.normal(key, lam.shape[:-1], lam.dtype))
+
+    def log_prob(self, lam: Array, z: Array) -> Array:
+        return log_interval(*self.marginal.thresholds(lam, z))
+
+    def mean(self, lam: Array) -> Array:
+        raise NotImplementedError("no closed form")
+
+    def support(self) -> tuple[int, int]:
+        return self.marginal.low, 0
+
+    def moves(self, z: Array) -> Array:
+        return (z + 1)[None]
+
+    def move_weights(self, lam: Array, z: Array) -> Array:
+        below, above = self.marginal.thresholds(lam, z)
+        mass = jnp.maximum(jnp.exp(jax.lax.stop_gradient(log_interval(below, above))), TINY)
+        return (1 + value_zero(ndtr(-above)) / mass)[None]
+
+    def score(self, lam: Array, z: Array) -> Array:
+        return jax.grad(lambda free: jnp.sum(self.log_prob(free, z)))(lam)
+
+    def fisher(self, lam: Array) -> Array:
+        """That of a normal variable of this mean and variance, with Sheppard's correction; diagonal.
+
+        It preconditions natural gradients and shapes the linearised auxiliary; neither needs it exact.
+        """
+        rate, variance = self.marginal.moments(lam)
+        wide = variance + SHEPPARD
+        diagonal = jnp.stack([rate**2 / wide, 2 * (variance / wide) ** 2], -1)
+        return diagonal[..., None] * jnp.eye(2)
+
+    def features(self, z: Array) -> Array:
+        count = (z - self.marginal.low).astype(jnp.result_type(float))
+        return jnp.stack([jnp.ones_like(count), jnp.log1p(count), (count == 0) * 1.0, jnp.sqrt(count)], -1)
