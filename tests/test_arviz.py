@@ -185,3 +185,14 @@ def test_origins_compile_nothing_anew() -> None:
     second = hivi.from_numpyro(regression, jnp.asarray(X), jnp.asarray(2 * Y))
     assert jax.tree.structure(first) == jax.tree.structure(second)
     assert hash(jax.tree.structure(first)) == hash(jax.tree.structure(second))
+
+
+def test_several_observations_of_one_distribution():
+    def model(y):
+        numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    fit = hivi.fit(hivi.from_numpyro(model, jnp.array([0.3, 1.2])), hivi.MeanField(), key=KEY, steps=50, progress=False)
+    data = hivi.to_arviz(fit, key=KEY, samples=20)
+    assert data.log_likelihood["y"].shape == (1, 20, 2)
+    assert "y" not in getattr(data, "posterior_predictive", {})
+    assert "predictions of y" in data.posterior.attrs["omitted"]

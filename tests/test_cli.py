@@ -131,7 +131,7 @@ def test_the_three_formats_are_the_same_data(folder: Path) -> None:
         words = ("--family", "mean-field", "--steps", 100, "--draws", 10, "--out", folder / data.replace(".", "_"))
         result = hivi_command("fit", f"{folder}/model.py:line", "--data", folder / data, *words, "--json")
         assert result.exit_code == 3, result.output  # 100 steps are too few to converge
-        assert "more --steps" in result.stderr
+        assert "take more steps" in result.stderr
         numbers.append(last_json(result)["summary"])
     assert numbers[0] == numbers[1] == numbers[2]
 
@@ -304,7 +304,7 @@ def test_a_strategy_and_a_learning_rate_by_name(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--estimator", "scor"], "'scor' is not [SITE=]NAME with NAME one of score,"),
+        (["--estimator", "scor"], "'scor' is not [SITE=]NAME with NAME one of auto, score,"),
         (["--estimator", "=score"], "'=score' is not [SITE=]NAME"),
         (["--estimator", "k=score", "--estimator", "k=disarm"], "two for 'k'"),
         (["--estimator", "k=score", "--estimator", "disarm"], "either NAME alone, or SITE=NAME"),

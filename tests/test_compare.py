@@ -204,7 +204,7 @@ def test_what_cannot_be_measured_loses_nothing(monkeypatch: pytest.MonkeyPatch) 
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("by accident")
 
-    monkeypatch.setattr(sys.modules["hivi.compare"], "marginal_khat", broken)
+    monkeypatch.setattr(sys.modules["hivi.compare"], "measure", broken)
     found = hivi.compare(table(), {"m": hivi.MeanField()}, key=KEY, steps=100, progress=False)
     assert "could not be measured: ZeroDivisionError: by accident" in found["m"].faults[0]
     assert set(found.fits) == {"m"}

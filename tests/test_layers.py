@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("_estimators/",),
     ("_fit/",),
     ("_marginal.py", "plots.py"),
+    ("_trust.py",),
     ("_comparison.py",),
     ("diagnostics.py", "_curvature.py", "interop/"),
     ("compare.py", "topics/"),

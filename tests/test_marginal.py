@@ -30,6 +30,19 @@ def test_khat_of_a_known_tail() -> None:
     assert pareto_khat(np.zeros(500)) == 0.0
 
 
+def test_khat_of_ties() -> None:
+    """Discrete draws have few distinct weights: bounded ones are no tail, but rare values that weigh much are."""
+    rng = np.random.default_rng(0)
+    p = np.array([0.02, 0.1, 0.3, 0.4, 0.15, 0.03])
+    close = p * np.exp(rng.normal(0, 0.03, 6))
+    z = rng.choice(6, 1000, p=close / close.sum())
+    assert pareto_khat(np.log(p / close)[z]) < 0.5
+    assert pareto_khat(np.r_[np.zeros(997), np.full(3, 0.1)]) == 0.0
+    assert pareto_khat(np.r_[np.full(500, -1.0), np.zeros(497), np.full(3, 0.1)]) < 0.5
+    assert pareto_khat(np.r_[np.zeros(997), np.full(3, 5.0)]) == np.inf
+    assert pareto_khat(np.r_[np.full(500, -1.0), np.zeros(497), np.full(3, 5.0)]) == np.inf
+
+
 def test_khat_of_mean_field_on_a_correlated_gaussian() -> None:
     """Mean-field has variance 1 - rho^2 in all directions, so k = 1 - (1 - rho^2)/(1 + rho) = rho along the widest."""
     for rho, trusted in ((0.3, True), (0.95, False)):

@@ -36,6 +36,7 @@ from hivi._fit.result import Estimate, Fit, load
 from hivi._space import Latent
 from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
+from hivi._trust import Trust, trust
 from hivi.compare import compare
 from hivi.interop.arviz import to_arviz
 from hivi.interop.numpyro import from_numpyro
@@ -91,6 +92,7 @@ __all__ = [
     "Structured",
     "Target",
     "TargetError",
+    "Trust",
     "compare",
     "curvature",
     "explain",
@@ -100,4 +102,5 @@ __all__ = [
     "from_pymc",
     "load",
     "to_arviz",
+    "trust",
 ]

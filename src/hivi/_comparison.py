@@ -16,14 +16,11 @@ from matplotlib.figure import Figure
 from hivi import plots
 from hivi._errors import FitError, message
 from hivi._fit.result import Estimate, Fit
-from hivi._marginal import TRUSTED, KHat
+from hivi._marginal import KHat
+from hivi._trust import SURE, clear, difference, mistrust, unfinished
 
 WIDTH = 120
 """Columns of the printed table."""
-SURE = 3.0
-"""Differences below so many standard errors are not called differences."""
-NEGLIGIBLE = 0.05
-"""Differences of bounds below this, in nats, are not worth a word."""
 MEANS_OFF = 0.3
 """Errors of a mean against NUTS beyond this, in standard deviations, are named."""
 SPREADS_OFF = math.log(1.25)
@@ -268,13 +265,13 @@ def judged(rows: Sequence[Row], reference: Reference | None, mean_field: str | N
 def _fit_faults(row: Row, gap: Estimate | None, base: Estimate | None) -> list[str]:
     out = []
     if not row.converged:
-        out.append(f"did not converge in {row.steps} steps, its bound was still rising: take more steps")
+        out.append(unfinished(row.steps))
     if row.khat is not None and not row.khat.trusted:
-        out.append(f"k-hat {row.khat.value:.2f} > {TRUSTED}: its draws are not to be trusted, even reweighted")
+        out.append(mistrust(row.khat))
     below = _difference(base, row.bound)
-    if below is not None and _clear(below):
+    if below is not None and clear(below):
         out.append(f"bound {below.mean:.2g} nats below mean-field's: the optimisation is at fault; refine it")
-    if gap is not None and _clear(gap):
+    if gap is not None and clear(gap):
         out.append(f"its bound misses at least {gap.mean:.2g} nats")
     return out
 
@@ -296,11 +293,7 @@ def _nuts_faults(row: Row, reference: Reference | None) -> list[str]:
 def _difference(high: Estimate | None, low: Estimate | None) -> Estimate | None:
     if high is None or low is None:
         return None
-    return Estimate(high.mean - low.mean, 0.0 if high is low else math.hypot(high.stderr, low.stderr))
-
-
-def _clear(difference: Estimate) -> bool:
-    return difference.mean > max(NEGLIGIBLE, SURE * difference.stderr)
+    return difference(high, low)
 
 
 def _estimate(value: Estimate | None) -> str:

@@ -29,6 +29,8 @@ REPLICATES = 64
 NOISE = 0.1
 """Noise of log q, in nats, with which the estimate is content."""
 BATCH = 64
+FEW, HARMLESS = 4, 0.1
+"""Draws that are too few for PSIS to fit a tail; the share of the weight that they may have."""
 
 
 class KHat(NamedTuple):
@@ -204,14 +206,38 @@ def pareto_khat(log_w: Float[np.ndarray, " samples"]) -> float:
     Returns:
         k-hat; 0 where the largest weights are all equal, so that there is no tail to fit.
     """
-    largest = np.sort(log_w)[-_tail(len(log_w)) :]
-    if largest[-1] - largest[0] < 1e-5:
+    ordered, tail = np.sort(log_w), _tail(len(log_w))
+    if ordered[-1] - ordered[-tail] < 1e-5:
         return 0.0
+    if len(log_w) > tail and np.sum(log_w > ordered[-tail - 1] + 1e-5) <= FEW:
+        return _khat_of_ties(log_w, ordered[-tail - 1])
+    return _psis(log_w)
+
+
+def _khat_of_ties(log_w: Float[np.ndarray, " samples"], tied: float) -> float:
+    """Weights of discrete draws come in ties, where PSIS, which looks at what exceeds the tied value, finds too few to fit.
+
+    Those few are harmless unless they weigh much. Then the tail begins at the next lower value: enough copies of it are
+    added that it is where PSIS cuts.
+    """
+    weights = np.exp(log_w - log_w.max())
+    if weights[log_w > tied + 1e-5].sum() > HARMLESS * weights.sum():
+        return np.inf
+    lower = log_w[log_w < tied - 1e-5]
+    if not len(lower):
+        return 0.0
+    above = log_w[log_w > lower.max() + 1e-5]
+    count = max(5 * len(above), (len(above) + 1) ** 2 // 9) + 10
+    return _psis(np.concatenate([above, np.full(count, lower.max())]))
+
+
+def _psis(log_w: Float[np.ndarray, " samples"]) -> float:
     arviz = importlib.import_module("arviz")  # takes seconds to import
-    if int(arviz.__version__.split(".")[0]) < 1:
-        return float(arviz.psislw(log_w)[1])
-    stats = importlib.import_module("arviz_stats.base")
-    return float(stats.array_stats.psislw(-log_w)[1])  # from 1.0 on it takes log-likelihoods, as leave-one-out does
+    with np.errstate(over="ignore"):  # where all of the tail is nearly equal
+        if int(arviz.__version__.split(".")[0]) < 1:
+            return float(arviz.psislw(log_w)[1])
+        stats = importlib.import_module("arviz_stats.base")
+        return float(stats.array_stats.psislw(-log_w)[1])  # from 1.0 on it takes log-likelihoods, as leave-one-out does
 
 
 def _tail(samples: int) -> int:

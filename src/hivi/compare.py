@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeAlias
 import equinox as eqx
 import jax
 
-from hivi._bounds import Elbo, ImportanceWeighted
 from hivi._comparison import Comparison, Row, judged
 from hivi._curvature import Curvature, curvature
 from hivi._errors import FamilyError, FitError, HiviError, message
@@ -24,17 +23,14 @@ from hivi._families.mixture import Mixture
 from hivi._families.standardised import Standardised
 from hivi._fit.loop import DENSE_LIMIT, fit
 from hivi._fit.progress import announce
-from hivi._fit.result import Estimate, Fit
-from hivi._marginal import KHat, marginal_khat
+from hivi._fit.result import Fit
 from hivi._target.base import Target
 from hivi._tree import Key
+from hivi._trust import measure
 from hivi.interop.nuts import against, run_nuts
 
 Family: TypeAlias = AbstractFamily | Mapping[str, AbstractFamily]
 
-TIGHTER = ImportanceWeighted(outer=64, inner=0)
-"""The multi-sample bound of the table; its estimates are 256."""
-EVALUATIONS = 256
 OPTIONS = ("bound", "estimator", "learning_rate", "optimizer", "tolerance", "mesh")
 """Arguments of `fit` that are the same for all families."""
 CURVATURE_DRAWS = 1024
@@ -287,7 +283,6 @@ def _try_fit(target: Target, family: Family, keys: _Keys, settings: Mapping[str,
 
 def _measured(row: Row, found: Fit, keys: _Keys, draws: int) -> Row:
     """The row with its bounds, k-hat and costs."""
-    remarks = list(row.remarks)
     costs: dict[str, Any] = {
         "converged": found.converged,
         "steps": len(found.history["step"]),
@@ -295,23 +290,12 @@ def _measured(row: Row, found: Fit, keys: _Keys, draws: int) -> Row:
         "step_seconds": found.pace,
     }
     try:
-        bound = found.elbo(keys.bound, bound=Elbo())
+        known = measure(found, keys.bound, keys.draw, draws)
     except HiviError as error:
         return dataclasses.replace(row, error=f"its bound could not be estimated: {error}", **costs)
-    faults = () if math.isfinite(bound.mean) else ("its bound is not finite at fresh draws",)
-    tighter: Estimate | None = None
-    khat: KHat | None = None
-    try:
-        tighter = found.elbo(keys.bound, EVALUATIONS, TIGHTER)
-    except HiviError as error:
-        remarks.append(f"no tighter bound ({_found(error)})")
-    try:
-        khat = marginal_khat(found, key=keys.draw, samples=draws)
-        remarks += [] if khat.noise < 0.3 else [f"its log q is estimated only to ± {khat.noise:.1f} nats"]
-    except HiviError as error:
-        remarks.append(f"no k-hat ({_found(error)})")
+    remarks = (*row.remarks, *known.remarks)
     return dataclasses.replace(
-        row, bound=bound, tighter=tighter, khat=khat, faults=faults, remarks=tuple(remarks), **costs
+        row, bound=known.bound, tighter=known.tighter, khat=known.khat, faults=known.faults, remarks=remarks, **costs
     )
 
 
@@ -331,9 +315,3 @@ def _with_nuts(
 def _text(error: Exception) -> str:
     """An unexpected error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _found(error: HiviError) -> str:
-    """The middle of an error's text: what was found."""
-    text = str(error)
-    return text.partition(": found ")[2].partition("; expected")[0] or text

@@ -32,7 +32,7 @@ from hivi._fit import store
 from hivi._fit.gaussian_start import best_gaussian
 from hivi._fit.parallel import check_mesh, distribute
 from hivi._fit.progress import announce
-from hivi._fit.result import Fit
+from hivi._fit.result import Fit, check_key
 from hivi._fit.run import Run, finite_now, settled, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.streamed import fit_streamed, refuse_streamed
@@ -239,10 +239,7 @@ def _check_kinds(target: Any, key: Any) -> None:
             "wrap it: hivi.from_numpyro(model, ...), from_pymc(...), or from_log_joint(...)",
         )
         raise FitError(message("fit(target)", found, "a hivi target", cure))
-    try:
-        jax.random.fold_in(key, 0)
-    except (TypeError, ValueError):
-        raise FitError(message("fit(key=...)", repr(key), "a JAX random key", "use jax.random.key(0)")) from None
+    check_key("fit", key)
 
 
 def _check_counts(steps: int, samples: int) -> None:

@@ -108,6 +108,7 @@ class Fit:
         Raises:
             FitError: the run was loaded without its target, or fewer than 2 samples were asked for.
         """
+        check_key("Fit.elbo", key)
         if self.target is None:
             raise FitError(
                 message("Fit.elbo", "a run loaded without its target", "the target", "hivi.load(folder, target=target)")
@@ -138,6 +139,7 @@ class Fit:
         Raises:
             FitError: a number of draws below one.
         """
+        check_key("Fit.sample", key)
         if samples < 1:
             raise FitError(message("Fit.sample(samples=...)", str(samples), "at least 1", "ask for one draw or more"))
         draws = _draws.at(effort_for(float(PER_PARAMETER * _size(self.proposal)), samples))(self.proposal, key, samples)
@@ -162,6 +164,7 @@ class Fit:
         Raises:
             FitError: a site is missing, or shapes do not match.
         """
+        check_key("Fit.log_prob", key)
         batch = _batch_shape(self.sites, z)
         flat = {s.name: jnp.reshape(jnp.asarray(z[s.name]), (-1, *s.constrained_shape)) for s in self.sites}
         values = _log_density(self.proposal, self.sites, flat, key, samples)
@@ -275,6 +278,18 @@ def load(folder: str | Path, *, target: Target | None = None, family: Any = None
         strategies=meta["strategies"],
         program=store.read_program(path, "constrain"),
     )
+
+
+def check_key(where: str, key: Any) -> None:
+    """Refuse what is no JAX random key: a seed, or a number of draws.
+
+    Raises:
+        FitError: naming the function.
+    """
+    try:
+        jax.random.fold_in(key, 0)
+    except (TypeError, ValueError):
+        raise FitError(message(f"{where}(key=...)", repr(key), "a JAX random key", "use jax.random.key(0)")) from None
 
 
 def _batch_shape(sites: tuple[Site, ...], z: Mapping[str, Any]) -> tuple[int, ...]:

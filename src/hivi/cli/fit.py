@@ -23,13 +23,14 @@ from hivi._families.standardised import Standardised
 from hivi._fit.loop import default_family
 from hivi._fit.loop import fit as run_fit
 from hivi._fit.progress import plain_lines
-from hivi._fit.result import Estimate, Fit
+from hivi._fit.result import Fit
 from hivi._target.base import Target
 from hivi._target.base import explain as explain_target
+from hivi._trust import Trust, trust
 from hivi.cli import inputs, outputs
 from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
 from hivi.cli.strategies import Estimator, read_strategies
-from hivi.interop.numpyro import from_numpyro
+from hivi.interop.numpyro import NOTHING_OBSERVED, from_numpyro
 
 SHOWN = 40
 """Latents in the printed summary; all are in summary.csv."""
@@ -134,16 +135,17 @@ def fit(
     with failures():
         target = read_target(model, data, subsample)
         chosen = default_family(target) if family is None else FAMILIES[family]
-        console(to_stderr=json).print(_choice(chosen, family), markup=False)
+        for line in (*(n for n in target.notes if n == NOTHING_OBSERVED), _choice(chosen, family)):
+            console(to_stderr=json).print(line, markup=False, soft_wrap=True)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
         with plain_lines():
             done = run_fit(
                 target, chosen, key=k1, steps=steps, samples=samples, estimator=strategies,
                 learning_rate=learning_rate, checkpoint=out if checkpoint else None,
             )  # fmt: skip
-        bound = done.elbo(k2)
+        found = trust(done, key=k2, samples=max(draws, 100))
         rows = outputs.write_run(out, done, k3, draws)
-        _show(done, bound, rows, out, json)
+        _show(done, found, rows, out, json)
     if not done.converged:
         raise typer.Exit(NOT_CONVERGED)
 
@@ -201,22 +203,25 @@ def _choice(chosen: AbstractFamily, family: Family | None) -> str:
     return f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else "")
 
 
-def _show(done: Fit, bound: Estimate, rows: list[outputs.Summary], out: Path, as_json: bool) -> None:
+def _show(done: Fit, found: Trust, rows: list[outputs.Summary], out: Path, as_json: bool) -> None:
     say = console(to_stderr=as_json)
     cells = [[r.name, *(f"{x:.4g}" for x in r[1:])] for r in rows[:SHOWN]]
     show_table(say, "posterior", ["latent", *outputs.FIELDS], cells)
     if len(rows) > SHOWN:
         say.print(f"... and {len(rows) - SHOWN} more in {out / 'summary.csv'}", markup=False)
     steps = len(done.history["step"])
-    say.print(f"bound {bound} nats after {steps} steps in {done.seconds:.1f} s: {done.message}", markup=False)
-    if not done.converged:
-        say.print("not converged: the bound was still rising; take more --steps", markup=False)
+    say.print(f"bound {found.bound} nats after {steps} steps in {done.seconds:.1f} s: {done.message}", markup=False)
+    figures = [] if found.tighter is None else [f"bound with 64 draws {found.tighter} nats"]
+    figures += [] if found.khat is None else [str(found.khat)]
+    for line in (*(["; ".join(figures)] if figures else []), *(f"trust: {word}" for word in found.words())):
+        say.print(line, markup=False, soft_wrap=True)
     say.print(f"written to {out}", markup=False)
     if as_json:
         print_json({
             "run": str(out),
             "family": str(done.family),
-            "bound": bound._asdict(),
+            "bound": found.bound._asdict(),
+            "trust": found.as_dict(),
             "converged": done.converged,
             "message": done.message,
             "steps": steps,

@@ -34,12 +34,15 @@ STRATEGIES: dict[str, AbstractStrategy] = {
     "stick-the-landing": StickTheLanding(),
 }
 
+AUTO = "auto"
+NAMES = ", ".join((AUTO, *STRATEGIES))
+
 Estimator = Annotated[
     list[str] | None,
     typer.Option(
         "--estimator", metavar="[SITE=]NAME",
-        help=f"Gradient strategy of one site, or of all that it suits: {', '.join(STRATEGIES)}. Repeatable for sites; "
-        "by default hivi chooses, and `hivi explain` says what.",
+        help=f"Gradient strategy of one site, or of all that it suits: {NAMES}. Repeatable for sites; "
+        "with auto, the default, hivi chooses, and `hivi explain` says what.",
     ),
 ]  # fmt: skip
 
@@ -48,17 +51,17 @@ def read_strategies(options: Sequence[str] | None) -> AbstractStrategy | dict[st
     """What `hivi.fit(estimator=)` takes, from the options as they were typed."""
     if not options:
         return None
-    found = {}
+    found: dict[str, AbstractStrategy | None] = {}
     for option in options:
         site, equals, name = option.rpartition("=")
-        if name not in STRATEGIES or (equals and not site):
+        if name not in (AUTO, *STRATEGIES) or (equals and not site):
             raise typer.BadParameter(
-                f"{option!r} is not [SITE=]NAME with NAME one of {', '.join(STRATEGIES)}", param_hint="'--estimator'"
+                f"{option!r} is not [SITE=]NAME with NAME one of {NAMES}", param_hint="'--estimator'"
             )
         if site in found:
             raise typer.BadParameter(f"two for {site!r}" if site else "two without a site", param_hint="'--estimator'")
-        found[site] = STRATEGIES[name]
-    everywhere = found.pop("", None)
-    if everywhere is not None and found:
+        found[site] = STRATEGIES.get(name)
+    if "" in found and len(found) > 1:
         raise typer.BadParameter("either NAME alone, or SITE=NAME for each site", param_hint="'--estimator'")
-    return found if everywhere is None else everywhere
+    chosen = {site: strategy for site, strategy in found.items() if strategy is not None}
+    return chosen.get("", chosen) or None

@@ -24,6 +24,8 @@ from hivi._target.origin import NumPyroOrigin
 from hivi._target.replay import replay
 from hivi._target.statements import Reader
 
+NOTHING_OBSERVED = "nothing is observed: the posterior is the prior (obs=... makes a statement an observation)"
+
 
 def from_numpyro(
     model: Callable[..., Any], *args: Any, subsample: Mapping[str, int] | None = None, **kwargs: Any
@@ -79,6 +81,7 @@ def from_numpyro(
             return _build(name, _Source(model, arguments, constant), dict(subsample or {}))
         except (TypeError, IndexError) as error:
             if not slicing.needs_value(error):
+                _refuse_lists(args, kwargs, error)
                 raise
             last = error
     assert last is not None
@@ -117,6 +120,21 @@ class _Arguments(NamedTuple):
             yield from ((k,) for k in self.arrays)
         if self.arrays:
             yield self.arrays
+
+
+def _refuse_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> None:
+    """Say so where a model fails with lists of numbers among its arguments: they are no arrays.
+
+    Raises:
+        TargetError: from the model's error.
+    """
+    given = {**{f"{k + 1}": x for k, x in enumerate(args)}, **{repr(n): x for n, x in kwargs.items()}}
+    lists = [n for n, x in given.items() if isinstance(x, list | tuple) and x]
+    plain = [n for n in lists if all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(given[n]))]
+    if plain:
+        text = f"a list of numbers, with which the model fails ({str(error).splitlines()[0]})"
+        cure = "pass numpy.asarray(...) of it"
+        raise TargetError(message(f"from_numpyro, argument {', '.join(plain)}", text, "an array", cure)) from error
 
 
 def _control_flow(name: str, arguments: _Arguments, error: Exception) -> str:
@@ -297,6 +315,8 @@ def _notes(source: _Source, found: _Found, slices: slicing.Slices) -> tuple[str,
     if source.constant:
         names = ", ".join(source.arguments.names[k] for k in source.constant)
         notes.append(f"arguments {names}: read as constants, since Python code uses their values; new ones recompile")
+    if all(term.latent or name in found.reader.latents for name, term in found.reader.terms.items()):
+        notes.append(NOTHING_OBSERVED)
     for k, pairs in slices.items():
         notes += [f"argument {source.names[k]}: axis {axis} is sliced along plate {plate!r}" for axis, plate in pairs]
     for name in found.reader.enumerated:

@@ -1,0 +1,152 @@
+"""How far a fit is to be trusted: its bound, a tighter one, k-hat of the marginal q(z), and what they say in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from hivi._bounds import Elbo, ImportanceWeighted
+from hivi._errors import HiviError
+from hivi._fit.result import Estimate, Fit, check_key
+from hivi._marginal import TRUSTED, KHat, marginal_khat
+from hivi._tree import Key
+
+TIGHTER = ImportanceWeighted(64)
+"""The multi-sample bound that shows what the ELBO misses; its estimates are 256."""
+EVALUATIONS = 256
+SURE = 3.0
+"""Differences below so many standard errors are not called differences."""
+NEGLIGIBLE = 0.05
+"""Differences of bounds below this, in nats, are not worth a word."""
+ROUGH = 0.3
+"""Noise of log q, in nats, from which on k-hat is called rough."""
+
+
+class Trust(NamedTuple):
+    """What is known of the quality of a fit; print it.
+
+    Attributes:
+        bound: the ELBO, in nats.
+        tighter: the bound with 64 draws of z (Burda, Grosse & Salakhutdinov 2016), in nats; None where there is none.
+        khat: Pareto k-hat of p(x,z)/q(z) with the marginal q(z); None where it cannot be had.
+        faults: what is wrong, in words; empty where no fault was found.
+        remarks: what could not be looked at, and why; what to try.
+    """
+
+    bound: Estimate
+    tighter: Estimate | None
+    khat: KHat | None
+    faults: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+    def words(self) -> list[str]:
+        """What it says, beyond the figures: faults, or that none was found, and remarks."""
+        seen = self.tighter is not None or self.khat is not None
+        nothing = "no fault found (where q never draws, nothing looks)" if seen else "nothing could be looked at"
+        return [*(self.faults or (nothing,)), *self.remarks]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers and text only, ready for JSON; what is not known is None."""
+        return {
+            "bound_of_64_draws": None if self.tighter is None else self.tighter._asdict(),
+            "khat": None if self.khat is None else self.khat.value,
+            "faults": list(self.faults),
+            "remarks": list(self.remarks),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"bound {self.bound} nats"]
+        lines += [] if self.tighter is None else [f"with 64 draws {self.tighter} nats"]
+        lines += [] if self.khat is None else [str(self.khat)]
+        return "\n".join([*lines, *self.words()])
+
+
+def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
+    """Say how far a fit is to be trusted.
+
+    Three looks: whether it converged, how much its bound rises with 64 draws (that much it misses of log p(x) at least), and
+    k-hat of the marginal q(z): up to 0.5 its draws are good, up to 0.7 they are after reweighting, above not even then. None
+    of them sees a mode that q never visits; `hivi.compare` holds other families against it.
+
+    Args:
+        fit: a fit with its target.
+        key: a JAX random key.
+        samples: draws of z for k-hat, at least 100.
+
+    Raises:
+        FitError: a fit loaded without its target, or a bound that is no number.
+
+    Example:
+        >>> import hivi, jax
+        >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, {"x": hivi.Latent()})
+        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=1500, progress=False)
+        >>> hivi.trust(fit, key=jax.random.key(1)).faults
+        ()
+
+    Source:
+        Vehtari et al. (2024), *Pareto smoothed importance sampling*; Yao et al. (2018), *Yes, but did it work?*
+    """
+    check_key("trust", key)
+    k_bound, k_draw = jax.random.split(key)
+    found = measure(fit, k_bound, k_draw, samples)
+    faults, remarks = list(found.faults), list(found.remarks)
+    if not fit.converged:
+        faults.insert(0, unfinished(len(fit.history["step"])))
+    if found.khat is not None and not found.khat.trusted:
+        faults.append(mistrust(found.khat))
+    if found.tighter is not None:
+        rise = difference(found.tighter, found.bound)
+        if clear(rise):
+            faults.append(f"its bound misses at least {rise.mean:.2g} nats of log p(x)")
+    if faults and fit.converged:
+        poisson = [s.name for s in fit.proposal.sites if s.values.kind == "count" and not s.values.dispersed]
+        counts = f"counts ({', '.join(poisson)}) may be narrower than any mixture of Poissons: try dispersed=True"
+        remarks += [counts] if poisson else []
+        remarks.append("hivi.compare shows what other families reach")
+    return found._replace(faults=tuple(faults), remarks=tuple(remarks))
+
+
+def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
+    """The figures, with a fault where the bound is no number, and what could not be had."""
+    bound = fit.elbo(k_bound, bound=Elbo())
+    faults, remarks = [] if math.isfinite(bound.mean) else ["its bound is not finite at fresh draws"], []
+    tighter: Estimate | None = None
+    khat: KHat | None = None
+    try:
+        tighter = fit.elbo(k_bound, EVALUATIONS, TIGHTER)
+    except HiviError as error:
+        remarks.append(f"no tighter bound ({_found(error)})")
+    try:
+        khat = marginal_khat(fit, key=k_draw, samples=samples)
+        remarks += [] if khat.noise < ROUGH else [f"its log q is estimated only to ± {khat.noise:.1f} nats"]
+    except HiviError as error:
+        remarks.append(f"no k-hat ({_found(error)})")
+    return Trust(bound, tighter, khat, tuple(faults), tuple(remarks))
+
+
+def unfinished(steps: int) -> str:
+    """What a fit that did not converge says."""
+    return f"did not converge in {steps} steps, its bound was still rising: take more steps"
+
+
+def mistrust(khat: KHat) -> str:
+    """What a k-hat that is too large says."""
+    return f"k-hat {khat.value:.2f} > {TRUSTED}: its draws are not to be trusted, even reweighted"
+
+
+def difference(high: Estimate, low: Estimate) -> Estimate:
+    """How far one bound lies above another, in nats."""
+    return Estimate(high.mean - low.mean, 0.0 if high is low else math.hypot(high.stderr, low.stderr))
+
+
+def clear(difference: Estimate) -> bool:
+    """Whether a difference is worth a word."""
+    return difference.mean > max(NEGLIGIBLE, SURE * difference.stderr)
+
+
+def _found(error: HiviError) -> str:
+    """The middle of an error's text: what was found."""
+    text = str(error)
+    return text.partition(": found ")[2].partition("; expected")[0] or text

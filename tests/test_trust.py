@@ -1,0 +1,105 @@
+"""How far a fit is to be trusted: figures, faults in words, and refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.distributions import constraints
+
+import hivi
+from hivi._fit.result import check_key
+
+KEY = jax.random.key(0)
+QUIET: dict[str, Any] = {"key": KEY, "progress": False}
+
+
+def bernoulli() -> hivi.Target:
+    """Figure 1 of the paper: log p(x) = 0, and mean-field lacks 0.2231."""
+    table = jnp.log(jnp.array([[0.1, 0.4], [0.4, 0.1]]))
+    return hivi.from_log_joint(lambda z: table[z["z"][0], z["z"][1]], {"z": hivi.Latent((2,), constraints.boolean)})
+
+
+def student() -> hivi.Target:
+    return hivi.from_log_joint(lambda z: dist.StudentT(1.0).log_prob(z["x"]), {"x": hivi.Latent()})
+
+
+def pinned() -> hivi.Target:
+    """A count that an observation pins down."""
+    return hivi.from_log_joint(
+        lambda z: dist.Normal(1.0 * z["z"], 0.8).log_prob(17.2) + dist.Poisson(20.0).log_prob(z["z"]),
+        {"z": hivi.Latent((), constraints.nonnegative_integer)},
+    )
+
+
+def test_a_good_fit_has_no_fault():
+    target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, {"x": hivi.Latent()})
+    found = hivi.trust(hivi.fit(target, hivi.MeanField(), **QUIET), key=KEY)
+    assert found.faults == found.remarks == ()
+    assert "no fault found" in str(found)
+    assert abs(found.bound.mean - 0.5 * float(jnp.log(2 * jnp.pi))) < 0.01
+
+
+def test_each_fault_has_its_words():
+    loose = hivi.trust(hivi.fit(bernoulli(), hivi.MeanField(), **QUIET), key=KEY)
+    assert loose.tighter is not None
+    assert abs(loose.tighter.mean - loose.bound.mean - 0.22) < 0.06
+    assert [f for f in loose.faults if "misses at least 0.2" in f]
+    heavy = hivi.trust(hivi.fit(student(), hivi.MeanField(), **QUIET), key=KEY)
+    assert [f for f in heavy.faults if "k-hat" in f]
+    assert "hivi.compare" in " ".join(heavy.remarks)
+    short = hivi.trust(hivi.fit(student(), hivi.MeanField(), steps=20, **QUIET), key=KEY)
+    assert "did not converge in 20 steps" in short.faults[0]
+    json.dumps(short.as_dict(), allow_nan=False)
+
+
+def test_counts_too_narrow_for_poissons_are_told_the_cure():
+    found = hivi.trust(hivi.fit(pinned(), hivi.MeanField(), **QUIET), key=KEY)
+    assert [r for r in found.remarks if "counts (z)" in r and "dispersed=True" in r]
+    cured = hivi.trust(hivi.fit(pinned(), hivi.MeanField(dispersed=True), **QUIET), key=KEY)
+    assert cured.faults == ()
+
+
+def test_what_cannot_be_looked_at_is_said():
+    def model(y):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    target = hivi.from_numpyro(model, jnp.arange(6.0), subsample={"data": 2})
+    found = hivi.trust(hivi.fit(target, hivi.MeanField(), **QUIET), key=KEY)
+    assert found.tighter is None
+    assert found.khat is None
+    assert "minibatches" in " ".join(found.remarks)
+    assert "nothing could be looked at" in str(found)
+
+
+def test_refusals(tmp_path):
+    fit = hivi.fit(student(), hivi.MeanField(), steps=20, **QUIET)
+    for call in (lambda: hivi.trust(fit, key=3), lambda: fit.sample(1000), lambda: fit.elbo(3)):
+        with pytest.raises((hivi.FitError, jaxtyping.TypeCheckError)):  # the tests' own checks of types come first
+            call()
+    with pytest.raises(hivi.FitError, match=r"Fit.sample\(key=...\): found 1000; expected a JAX random key"):
+        check_key("Fit.sample", 1000)
+    fit.save(tmp_path / "run")
+    with pytest.raises(hivi.FitError, match="without its target"):
+        hivi.trust(hivi.load(tmp_path / "run"), key=KEY)
+
+
+def test_models_without_observations_and_lists_of_numbers():
+    def model(x, y=None):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x * w, 1.0).to_event(1), obs=y)
+
+    assert "nothing is observed" in hivi.explain(hivi.from_numpyro(model, jnp.ones(2)))
+    assert "nothing is observed" not in hivi.explain(hivi.from_numpyro(model, jnp.ones(2), jnp.ones(2)))
+    with pytest.raises(hivi.TargetError, match="argument 1: found a list of numbers"):
+        hivi.from_numpyro(model, [1.0, 2.0], jnp.ones(2))
+    with pytest.raises(hivi.TargetError, match="argument 'x'"):
+        hivi.from_numpyro(model, y=jnp.ones(2), x=[1.0, 2.0])
