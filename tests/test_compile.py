@@ -133,3 +133,21 @@ def test_rough_operations_are_at_least_the_exact_ones():
     x = jnp.ones((5, 5))
     assert operations(fn, x) == 250
     assert operations(fn, x, roughly=True) == 275
+
+
+def test_compiled_programs_are_forgotten_before_mappings_run_out(tmp_path, monkeypatch) -> None:
+    allowed, used = tmp_path / "allowed", tmp_path / "used"
+    allowed.write_text("10\n")
+    used.write_text("x\n" * 4)
+    monkeypatch.setattr(_compile, "ALLOWED", allowed)
+    monkeypatch.setattr(_compile, "MAPPINGS", used)
+    run = jax.jit(lambda x: x + 1)
+    run(1.0)
+    assert not _compile.make_room()
+    assert run._cache_size() == 1
+    used.write_text("x\n" * 5)
+    assert _compile.make_room()
+    assert run._cache_size() == 0
+    assert run(1.0) == 2.0
+    used.unlink()
+    assert not _compile.make_room()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import equinox as eqx
@@ -26,9 +28,36 @@ FORCED = "HIVI_COMPILE"
 """Environment variable: one effort for everything, or "auto"."""
 QUICK, FULL = 4e9, 2e11
 """Elementary operations of a whole run up to which, and from which, compiling quickly or fully pays."""
+ROOM = 0.5
+"""Share of the memory mappings that may be in use before a fit."""
+MAPPINGS, ALLOWED = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 FLAG = "jax_disable_most_optimizations"
 STEP = 5e5
 """Operations that the bookkeeping of a step costs as much as."""
+
+
+def make_room(share: float = ROOM) -> bool:
+    """Forget compiled programs where the process is about to run out of memory mappings; they are compiled again when needed.
+
+    Each program keeps some of them, and Linux allows a process 65,530: after a few dozens of fits of different shapes the next
+    compilation would fail, or crash. Called before whatever compiles much.
+
+    Args:
+        share: of the mappings allowed, from which on programs are forgotten.
+
+    Returns:
+        Whether programs were forgotten.
+    """
+    try:
+        allowed = int(ALLOWED.read_text())
+        used = MAPPINGS.read_bytes().count(b"\n")
+    except (OSError, ValueError):  # another system
+        return False
+    if used < share * allowed:
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True
 
 
 def effort_for(operations: float, steps: int) -> Effort:

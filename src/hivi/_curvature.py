@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hivi._compile import make_room
 from hivi._errors import FitError, message
 from hivi._estimators.hessian import Bend
 from hivi._estimators.second_order import Block, Pairs, eigenpairs, information, signals
@@ -206,6 +207,7 @@ def curvature(
         >>> found.couples[0]
         'z[0] (+0.71) against z[1] (-0.71)'
     """
+    make_room()
     target, block = _check(fit, samples, top, sites)
     plate, chosen = _choose_rows(block, rows, key)
     size = samples * block.link.dim * (1 if chosen is None else -(-len(chosen) // plate.batch) * plate.batch)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
-from hivi._compile import hastily
+from hivi._compile import hastily, make_room
 from hivi._errors import FitError, message
 from hivi._estimators.auto import Auto, label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
@@ -110,6 +110,7 @@ def fit(
             target, family, key=key, steps=steps, samples=samples, bound=_bound(bound),
             estimator=_resolve(estimator), learning_rate=0.01 if learning_rate is None else learning_rate, progress=progress,
         )  # fmt: skip
+    make_room()
     chosen_for_them = family is None and start is None
     if family is None:
         family = default_family(target) if start is None else start.family

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
+from hivi._compile import make_room
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy
 from hivi._families.base import AbstractProposal
@@ -105,6 +106,7 @@ def advance(
     Raises:
         FitError: the bound or its gradient was not finite in more than a tenth of the steps; a strategy that remembers.
     """
+    make_room()
     learning = [n for n, s in strategies.items() if s.remembers]
     if learning:
         raise FitError(
