@@ -167,7 +167,7 @@ def main() -> None:
         "held-out fit; the first compilation excluded. What could be gained: at weights that mean-field learned in 5000 steps, "
         f"its ELBO is {most['elbo']:.3f} per held-out digit and log p, by importance sampling with 4000 draws from its q, "
         f"{most['log p']:.3f}: no family can gain more than about {most['log p'] - most['elbo']:.2f} nats there, and one nat "
-        "only by learning a model that is better by most of it."
+        "only by learning a model that is better by most of it. What the model could be: discrete_digits_em.md."
     )
     write(
         "discrete_digits", "A sigmoid belief network on held-out digits",

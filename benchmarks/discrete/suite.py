@@ -71,8 +71,19 @@ FAMILIES: dict[str, Maker] = {
     "HVM, full-rank": lambda fit, found: hivi.Hierarchical(hivi.FullRank(), hivi.Linearised(), start=fit, along=found),
     "HVM, mixture of 4": lambda fit, found: hivi.Hierarchical(prior=hivi.Mixture(4)),
     "mixture of 4": lambda fit, found: hivi.Mixture(4),
+    "mean-field, dispersed": lambda fit, found: hivi.MeanField(dispersed=True),
+    "HVM, dispersed": lambda fit, found: hivi.Hierarchical(dispersed=True),
+    "HVM, mixture of 4, dispersed": lambda fit, found: hivi.Hierarchical(prior=hivi.Mixture(4), dispersed=True),
 }
 """Name -> family, from a mean-field fit of the problem and its `hivi.curvature` (None where there is none)."""
+
+COUNTS = ("poisson-mixture-2", "poisson-mixture-3", "poisson-sources")
+"""Problems with counts: the dispersed families are theirs."""
+
+
+def families_of(name: str) -> list[str]:
+    """The families that are fitted to a problem."""
+    return [f for f in FAMILIES if "dispersed" not in f or name in COUNTS]
 
 
 def exact(site: Site) -> AbstractStrategy:
@@ -97,7 +108,8 @@ NOTES = (
     "posterior standard deviations; where there is no table, from 32,768 draws. Seconds: of the fit, compilation "
     "included, one thread. HVM: `Hierarchical()` with its default prior `Flow(8)`, grown from the mean-field fit; "
     "full-rank: `FullRank()` with `Linearised()`, grown along `hivi.curvature`, where all sites are discrete; "
-    "afresh and the mixtures: without a start. Exact differences: `LocalExpectation`, for counts `Difference`. What each "
+    "afresh and the mixtures: without a start; dispersed: counts of free spread, without a start. Exact differences: "
+    "`LocalExpectation`, for counts `Difference`. What each "
     "problem is: `benchmarks/discrete/README.md`. "
 )
 """What the columns and rows of the table are."""
@@ -105,7 +117,7 @@ NOTES = (
 
 def run(name: str, how: str, seed: int, path: Path) -> None:
     """Every family on one problem, with one estimator and seed."""
-    wanted = [f for f in FAMILIES if f"{name}|{f}|{how}|{seed}" not in known(path)]
+    wanted = [f for f in families_of(name) if f"{name}|{f}|{how}|{seed}" not in known(path)]
     if wanted:
         problem = PROBLEMS[name]()
         run_families(problem, problem.target(), wanted, how, seed, path)
