@@ -196,3 +196,10 @@ def test_several_observations_of_one_distribution():
     assert data.log_likelihood["y"].shape == (1, 20, 2)
     assert "y" not in getattr(data, "posterior_predictive", {})
     assert "predictions of y" in data.posterior.attrs["omitted"]
+
+    def plate():
+        with numpyro.plate("p", 5):
+            numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=0.3)
+
+    fit = hivi.fit(hivi.from_numpyro(plate), hivi.MeanField(), key=KEY, steps=50, progress=False)
+    assert hivi.to_arviz(fit, key=KEY, samples=20).posterior_predictive["y"].shape == (1, 20, 5)

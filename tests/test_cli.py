@@ -304,6 +304,7 @@ def test_a_strategy_and_a_learning_rate_by_name(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (["--estimator", "x=auto"], "leave x out"),
         (["--estimator", "scor"], "'scor' is not [SITE=]NAME with NAME one of auto, score,"),
         (["--estimator", "=score"], "'=score' is not [SITE=]NAME"),
         (["--estimator", "k=score", "--estimator", "k=disarm"], "two for 'k'"),

@@ -296,7 +296,10 @@ def test_bad_arguments_are_named() -> None:
 
 def test_default_family_follows_the_supports() -> None:
     assert hivi.fit(gaussian(), key=KEY, steps=1, progress=False).family == hivi.Standardised()
-    assert isinstance(hivi.fit(bernoulli(), key=KEY, steps=1, progress=False).family, hivi.Hierarchical)
+    assert hivi.fit(bernoulli(), key=KEY, steps=1, progress=False).family == hivi.Hierarchical()
+    count = hivi.Latent((), constraints.nonnegative_integer)
+    counts = hivi.from_log_joint(lambda z: -1.0 * z["z"], {"z": count})
+    assert loop.default_family(counts) == hivi.Hierarchical(dispersed=True)
 
 
 def test_supports_that_depend_on_latents_survive_saving(tmp_path: Path) -> None:

@@ -109,15 +109,15 @@ def test_fisher_is_the_second_moment_of_the_score(name):
 
 
 @pytest.mark.parametrize("name", [n for n, v in SITES.items() if v.dispersed])
-@pytest.mark.parametrize("lam", [(1.0, -0.4), (1.0, 0.3), (3.0, 0.0), (3.0, 1.0)])
+@pytest.mark.parametrize("lam", [(1.0, -0.4), (1.0, 0.3), (3.0, 0.0), (3.0, 1.0), (-4.0, 0.0), (-6.0, 0.2), (2.0, 3.0)])
 def test_fisher_of_a_free_spread_is_about_right(name, lam):
     s = setting(name)._replace(lam=jnp.array(lam))
     p = np.asarray(s.probabilities(), np.float64)
     score = np.asarray(s.kind.score(jnp.broadcast_to(s.lam, (len(p), 2)), s.support), np.float64)
     right = np.einsum("v,vi,vj->ij", p / p.sum(), score, score)
-    ratios = np.linalg.eigvals(np.linalg.solve(right, np.asarray(s.kind.fisher(s.lam), np.float64))).real
-    assert ratios.min() > 0.5
-    assert ratios.max() < 3.0
+    found = np.asarray(s.kind.fisher(s.lam), np.float64)
+    np.testing.assert_array_less(np.diag(found) / np.diag(right), 3.0)
+    np.testing.assert_array_less(np.diag(right) / np.diag(found), 3.0)
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -300,10 +300,12 @@ def test_features_start_with_one_and_are_finite(name):
 
 
 @pytest.mark.parametrize(
-    "rates", [(0.02, 3.0, 8.0), (0.5, 8.01, 11.0), (5.0, 40.0, 1500.0)], ids=["small", "few", "many"]
+    "rates",
+    [(0.02, 3.0, 8.0), (0.5, 8.01, 11.0), (5.0, 12.0, 50.0), (5.0, 40.0, 1500.0)],
+    ids=["small", "few", "moderate", "large"],
 )
 def test_many_poisson_draws_have_their_distribution(rates: tuple[float, ...]):
-    # As many of each rate as the sampler needs to take the way of large arrays; "few" has few beyond its part, "many" many.
+    # As many of each rate as the sampler needs to take the way of large arrays; each takes another of them.
     times = (2 * SHARE, 1, 1) if rates[1] > PART and rates[2] < 20 else (1, 1, 1)
     layout = np.repeat(rates, 4096 * np.array(times))
     drawn = np.asarray(quick(poisson)(jax.random.key(3), jnp.asarray(layout, jnp.float32)))

@@ -19,6 +19,7 @@ from numpyro.infer.util import potential_energy
 from numpyro.primitives import mutable
 from scipy.stats import norm
 
+import hivi
 from hivi._errors import TargetError
 from hivi._target.base import Target, explain
 from hivi.interop.numpyro import from_numpyro
@@ -915,3 +916,27 @@ def test_indices_that_are_arguments_are_read():
     assert from_numpyro(
         grouped, group, y, subsample={"data": 2}
     ).factored.program.losses  # which rows, only a draw tells
+
+
+def test_indices_are_read_for_discrete_sites_alone():
+    """Where nothing is gained for them, a program does not depend on the values of its data."""
+
+    def lost(group, y):
+        z = numpyro.sample("z", dist.Bernoulli(0.5).expand([4]).to_event(1))
+        alpha = numpyro.sample("alpha", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+        numpyro.factor("f", -(jnp.cumsum(z) ** 2).sum())
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(alpha[group], 1.0), obs=y)
+
+    group, y = jnp.array([0, 3, 1, 1, 2, 0]), jnp.ones(6)
+    first, second = (from_numpyro(lost, g, y).factored.program for g in (group, group[::-1]))
+    assert first == second
+    target = hivi.from_log_joint(
+        lambda z, data: {"y": dist.Normal(1.0 * z["a"][data], 1.0).log_prob(0.5)},
+        {"a": hivi.Latent((4,), dist.constraints.boolean)},
+        data=group,
+    )
+    z = jnp.array([0, 1, 1, 0], jnp.int32)
+    found = target.factored.differences("a", (1 - z)[None], {"a": z}, target.data, {})[0]
+    rows = np.bincount(np.asarray(group), minlength=4)
+    np.testing.assert_allclose(found, rows * (norm.logpdf(0.5, 1 - z) - norm.logpdf(0.5, z)), atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from numpyro.distributions import constraints
 
 import hivi
 from hivi._fit.result import check_key
+from hivi._marginal import KHat
 
 KEY = jax.random.key(0)
 QUIET: dict[str, Any] = {"key": KEY, "progress": False}
@@ -66,6 +68,15 @@ def test_counts_too_narrow_for_poissons_are_told_the_cure():
     assert cured.faults == ()
 
 
+def test_what_is_not_finite_is_null_in_json():
+    fine = hivi.Estimate(-1.0, 0.1)
+    found = hivi.Trust(fine, hivi.Estimate(math.nan, math.inf), KHat(math.inf, True, 0.0, 1000, 0), (), ())
+    plain = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert plain["khat"] is None
+    assert plain["bound_of_64_draws"] == {"mean": None, "stderr": None}
+    assert plain["bound"] == {"mean": -1.0, "stderr": 0.1}
+
+
 def test_what_cannot_be_looked_at_is_said():
     def model(y):
         m = numpyro.sample("m", dist.Normal(0.0, 1.0))
@@ -87,6 +98,8 @@ def test_refusals(tmp_path):
             call()
     with pytest.raises(hivi.FitError, match=r"Fit.sample\(key=...\): found 1000; expected a JAX random key"):
         check_key("Fit.sample", 1000)
+    with pytest.raises(hivi.FitError, match="at least 100"):
+        hivi.trust(fit, key=KEY, samples=10)
     fit.save(tmp_path / "run")
     with pytest.raises(hivi.FitError, match="without its target"):
         hivi.trust(hivi.load(tmp_path / "run"), key=KEY)
@@ -103,3 +116,10 @@ def test_models_without_observations_and_lists_of_numbers():
         hivi.from_numpyro(model, [1.0, 2.0], jnp.ones(2))
     with pytest.raises(hivi.TargetError, match="argument 'x'"):
         hivi.from_numpyro(model, y=jnp.ones(2), x=[1.0, 2.0])
+
+    def broken(sizes):
+        numpyro.sample("w", dist.Normal(0.0, 1.0))
+        raise TypeError
+
+    with pytest.raises(TypeError):  # the lists are not at fault
+        hivi.from_numpyro(broken, [1, 2])

@@ -36,8 +36,14 @@ STEP = 5e5
 """Operations that the bookkeeping of a step costs as much as."""
 
 
+_left = [0]
+"""Mappings that were left when forgetting did not help."""
+
+
 def make_room(share: float = ROOM) -> bool:
-    """Forget compiled programs where the process is about to run out of memory mappings; they are compiled again when needed.
+    """Forget the compiled programs of the whole process where it is about to run out of memory mappings.
+
+    They are compiled again when needed.
 
     Each program keeps some of them, and Linux allows a process 65,530: after a few dozens of fits of different shapes the next
     compilation would fail, or crash. Called before whatever compiles much.
@@ -53,10 +59,12 @@ def make_room(share: float = ROOM) -> bool:
         used = MAPPINGS.read_bytes().count(b"\n")
     except (OSError, ValueError):  # another system
         return False
-    if used < share * allowed:
+    if used < max(share * allowed, (_left[0] + allowed) / 2 if _left[0] else 0):
         return False
     jax.clear_caches()
     gc.collect()
+    after = MAPPINGS.read_bytes().count(b"\n")
+    _left[0] = after if after > share * allowed else 0  # others' mappings: forgetting again would not help
     return True
 
 

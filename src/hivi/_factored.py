@@ -297,7 +297,10 @@ def factorise(
     seeds = [*sites, *[None] * len(leaves)]
     found, losses = scopes(fixed, seeds, consts)
     if any(loss.site in indexed for loss in losses):
-        found, losses = scopes(fixed, seeds, consts, [*[None] * len(sites), *map(_integers, leaves)])
+        closer, left = scopes(fixed, seeds, consts, [*[None] * len(sites), *map(_integers, leaves)])
+        gained = {s for s in indexed if sum(x.site == s for x in left) < sum(x.site == s for x in losses)}
+        found = [old | {s: m for s, m in new.items() if s in gained} for old, new in zip(found, closer, strict=True)]
+        losses = [x for x in losses if x.site not in gained] + [x for x in left if x.site in gained]
     scales = scales or {}
     found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, found, strict=True)]
     factors = tuple(

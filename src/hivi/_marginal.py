@@ -30,7 +30,7 @@ NOISE = 0.1
 """Noise of log q, in nats, with which the estimate is content."""
 BATCH = 64
 FEW, HARMLESS = 4, 0.1
-"""Draws that are too few for PSIS to fit a tail; the share of the weight that they may have."""
+"""Distinct weights that are too few for PSIS to fit a tail; the standard error that their share of the weight may have."""
 
 
 class KHat(NamedTuple):
@@ -209,7 +209,7 @@ def pareto_khat(log_w: Float[np.ndarray, " samples"]) -> float:
     ordered, tail = np.sort(log_w), _tail(len(log_w))
     if ordered[-1] - ordered[-tail] < 1e-5:
         return 0.0
-    if len(log_w) > tail and np.sum(log_w > ordered[-tail - 1] + 1e-5) <= FEW:
+    if len(log_w) > tail and len(np.unique(log_w[log_w > ordered[-tail - 1] + 1e-5].round(4))) <= FEW:
         return _khat_of_ties(log_w, ordered[-tail - 1])
     return _psis(log_w)
 
@@ -217,18 +217,18 @@ def pareto_khat(log_w: Float[np.ndarray, " samples"]) -> float:
 def _khat_of_ties(log_w: Float[np.ndarray, " samples"], tied: float) -> float:
     """Weights of discrete draws come in ties, where PSIS, which looks at what exceeds the tied value, finds too few to fit.
 
-    Those few are harmless unless they weigh much. Then the tail begins at the next lower value: enough copies of it are
-    added that it is where PSIS cuts.
+    Those few values are harmless unless their share of the weight is large and, resting on few draws, uncertain. Then the
+    tail begins at the next lower value: enough copies of it are added that it is where PSIS cuts.
     """
-    weights = np.exp(log_w - log_w.max())
-    if weights[log_w > tied + 1e-5].sum() > HARMLESS * weights.sum():
+    weights, above = np.exp(log_w - log_w.max()), log_w > tied + 1e-5
+    if weights[above].sum() / weights.sum() > HARMLESS * np.sqrt(above.sum()):
         return np.inf
     lower = log_w[log_w < tied - 1e-5]
     if not len(lower):
         return 0.0
-    above = log_w[log_w > lower.max() + 1e-5]
-    count = max(5 * len(above), (len(above) + 1) ** 2 // 9) + 10
-    return _psis(np.concatenate([above, np.full(count, lower.max())]))
+    rest = log_w[log_w > lower.max() + 1e-5]
+    count = max(5 * len(rest), (len(rest) + 1) ** 2 // 9) + 10
+    return _psis(np.concatenate([rest, np.full(count, lower.max())]))
 
 
 def _psis(log_w: Float[np.ndarray, " samples"]) -> float:

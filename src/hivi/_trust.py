@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from hivi._bounds import Elbo, ImportanceWeighted
-from hivi._errors import HiviError
+from hivi._errors import FitError, HiviError, message
+from hivi._families.base import Conditional
 from hivi._fit.result import Estimate, Fit, check_key
+from hivi._likelihoods.poisson import PoissonLikelihood
 from hivi._marginal import TRUSTED, KHat, marginal_khat
 from hivi._tree import Key
 
@@ -20,6 +22,8 @@ SURE = 3.0
 """Differences below so many standard errors are not called differences."""
 NEGLIGIBLE = 0.05
 """Differences of bounds below this, in nats, are not worth a word."""
+LEAST = 100
+"""Fewest draws for k-hat."""
 ROUGH = 0.3
 """Noise of log q, in nats, from which on k-hat is called rough."""
 
@@ -50,8 +54,9 @@ class Trust(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Numbers and text only, ready for JSON; what is not known is None."""
         return {
-            "bound_of_64_draws": None if self.tighter is None else self.tighter._asdict(),
-            "khat": None if self.khat is None else self.khat.value,
+            "bound": _plain(self.bound),
+            "bound_of_64_draws": _plain(self.tighter),
+            "khat": self.khat.value if self.khat is not None and math.isfinite(self.khat.value) else None,
             "faults": list(self.faults),
             "remarks": list(self.remarks),
         }
@@ -76,7 +81,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
         samples: draws of z for k-hat, at least 100.
 
     Raises:
-        FitError: a fit loaded without its target, or a bound that is no number.
+        FitError: a fit loaded without its target, or fewer than 100 samples.
 
     Example:
         >>> import hivi, jax
@@ -89,6 +94,8 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
         Vehtari et al. (2024), *Pareto smoothed importance sampling*; Yao et al. (2018), *Yes, but did it work?*
     """
     check_key("trust", key)
+    if samples < LEAST:
+        raise FitError(message("trust(samples=...)", str(samples), f"at least {LEAST}", "ask for more draws"))
     k_bound, k_draw = jax.random.split(key)
     found = measure(fit, k_bound, k_draw, samples)
     faults, remarks = list(found.faults), list(found.remarks)
@@ -99,10 +106,11 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     if found.tighter is not None:
         rise = difference(found.tighter, found.bound)
         if clear(rise):
-            faults.append(f"its bound misses at least {rise.mean:.2g} nats of log p(x)")
+            faults.append(f"its ELBO misses at least {rise.mean:.2g} nats of log p(x)")
     if faults and fit.converged:
-        poisson = [s.name for s in fit.proposal.sites if s.values.kind == "count" and not s.values.dispersed]
-        counts = f"counts ({', '.join(poisson)}) may be narrower than any mixture of Poissons: try dispersed=True"
+        poisson = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, PoissonLikelihood)]
+        cure = "try dispersed=True (--family hierarchical-dispersed)"
+        counts = f"counts ({', '.join(poisson)}) may be narrower than any mixture of Poissons: {cure}"
         remarks += [counts] if poisson else []
         remarks.append("hivi.compare shows what other families reach")
     return found._replace(faults=tuple(faults), remarks=tuple(remarks))
@@ -131,6 +139,11 @@ def unfinished(steps: int) -> str:
     return f"did not converge in {steps} steps, its bound was still rising: take more steps"
 
 
+def _conditionals(fit: Fit) -> dict[str, Conditional]:
+    """q(z_i|lambda_i) of the sites that have one, at one draw of lambda."""
+    return fit.proposal.conditionals(fit.proposal.propose(jax.random.key(0))[1])
+
+
 def mistrust(khat: KHat) -> str:
     """What a k-hat that is too large says."""
     return f"k-hat {khat.value:.2f} > {TRUSTED}: its draws are not to be trusted, even reweighted"
@@ -144,6 +157,12 @@ def difference(high: Estimate, low: Estimate) -> Estimate:
 def clear(difference: Estimate) -> bool:
     """Whether a difference is worth a word."""
     return difference.mean > max(NEGLIGIBLE, SURE * difference.stderr)
+
+
+def _plain(value: Estimate | None) -> dict[str, float | None] | None:
+    if value is None:
+        return None
+    return {name: x if math.isfinite(x) else None for name, x in value._asdict().items()}
 
 
 def _found(error: HiviError) -> str:

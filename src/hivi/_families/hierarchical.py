@@ -172,7 +172,9 @@ class Hierarchical(AbstractFamily):
                         f"Hierarchical(start=...) at site {s.name!r}",
                         "no mean-field parameters of that shape in the start",
                         "a MeanField fit of the same target",
-                        "fit the target with family=hivi.MeanField() first",
+                        "pass dispersed=True, too"
+                        if s.name in found and found[s.name].shape == (*s.shape, 2) and not s.values.dispersed
+                        else "fit the target with family=hivi.MeanField() first",
                     )
                 )
             lam[s.name] = found[s.name]

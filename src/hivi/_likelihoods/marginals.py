@@ -132,10 +132,11 @@ class CountMarginal(AbstractMarginal):
     def start(self, shape: tuple[int, ...], key: Key) -> Array:
         return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
 
-    def moments(self, theta: Array) -> tuple[Array, Array]:
-        """The rate, which is about the mean less low, and about the variance."""
-        rate = jnp.exp(self._log_rate(theta))
-        return rate, rate / _stretch(theta[..., 1]) ** 2
+    def moments(self, theta: Array) -> tuple[Array, Array, Array]:
+        """The rate, which is about the mean less low; about the variance; the derivative of log c."""
+        rate, free = jnp.exp(self._log_rate(theta)), theta[..., 1]
+        slope = 1 - jnp.tanh(free / jnp.where(free > 0, NARROWEST, WIDEST)) ** 2
+        return rate, rate / _stretch(free) ** 2, slope
 
     def _log_rate(self, theta: Array) -> Array:
         return _within(theta[..., 0], -MAX_LOG_RATE, MAX_LOG_RATE)

@@ -13,7 +13,8 @@ from jaxtyping import Array
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._tree import Key, value_zero
 
-PART, TERMS, MANY, SHARE = 8.0, 60, 1024, 8
+PART, LARGER, MODERATE, TERMS = 8.0, 30.0, 60.0, 120
+MANY, SHARE = 1024, 8
 MAX_LOG_RATE = 20.0
 """Log rates are used up to e^20: beyond that an int32 draw and a float32 count lose their last digits."""
 
@@ -86,40 +87,61 @@ class PoissonLikelihood(AbstractLikelihood):
 def poisson(key: Key, rate: Array) -> Array:
     """Poisson draws: many of them by inversion up to a rate of `PART`, with the rest of the larger rates drawn apart.
 
-    A sum of Poisson draws is one of the summed rate, so that the larger rates, where they are few, cost by their number. A
-    uniform beyond the float32 sum of all probabilities (1e-7 of draws) ends at the largest value that has one.
+    A sum of Poisson draws is one of the summed rate. Where few rates are larger, their rest costs by its number (not under
+    `vmap` with rates of its own each, which takes all ways); where many are, moderate ones go on by inversion in larger
+    parts, and beyond that JAX draws by rejection.
     """
     if rate.size < MANY:
         return jax.random.poisson(key, rate, dtype=jnp.int32)
     k_part, k_rest = jax.random.split(key)
     part = jnp.minimum(rate, PART)
     rest, few = (rate - part).ravel(), rate.size // SHARE
+    number = jnp.sum(rest > 0)
+    way = jnp.where(number == 0, 0, jnp.where(number <= few, 1, jnp.where(jnp.all(rest < MODERATE), 2, 3)))
 
-    def of_all(k: Key) -> Array:
-        return jax.random.poisson(k, rest, dtype=jnp.int32)
+    def none(_: Key) -> Array:
+        return jnp.zeros(rest.shape, jnp.int32)
 
     def of_few(k: Key) -> Array:
         places = jnp.nonzero(rest > 0, size=few, fill_value=rest.size)[0]
         drawn = jax.random.poisson(k, rest.at[places].get(mode="fill", fill_value=0.0), dtype=jnp.int32)
-        return jnp.zeros(rest.shape, jnp.int32).at[places].set(drawn, mode="drop")
+        return none(k).at[places].set(drawn, mode="drop")
 
-    more = jax.lax.cond(jnp.sum(rest > 0) <= few, of_few, of_all, k_rest)
+    def moderate(k: Key) -> Array:
+        def draw(carry: tuple[Key, Array, Array]) -> tuple[Key, Array, Array]:
+            k, left, count = carry
+            k, now = jax.random.split(k)
+            here = jnp.minimum(left, LARGER)
+            return k, left - here, count + _inversion(now, here)
+
+        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), draw, (k, rest, none(k)))[2]
+
+    def large(k: Key) -> Array:
+        return jax.random.poisson(k, rest, dtype=jnp.int32)
+
+    more = jax.lax.switch(way, (none, of_few, moderate, large), k_rest)
     return _inversion(k_part, part) + more.reshape(rate.shape)
 
 
 def _inversion(key: Key, rate: Array) -> Array:
-    """Draws of rates up to `PART`: the number of partial sums of probabilities that a uniform exceeds."""
+    """Draws of rates up to `LARGER`: the number of partial sums of probabilities that a uniform exceeds.
+
+    A uniform beyond the float32 sum of all probabilities (1e-7 of draws) ends where a probability no longer adds to it.
+    """
     u = jax.random.uniform(key, rate.shape, rate.dtype)
     first = jnp.exp(-rate)
 
-    def more(carry: tuple[Array, Array, Array, Array]) -> Array:
-        step, _, total, _ = carry
-        return (step < TERMS) & jnp.any(total <= u)
+    def more(carry: tuple[Array, Array, Array, Array, Array]) -> Array:
+        return (carry[0] < TERMS) & jnp.any(carry[-1])
 
-    def add(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        step, mass, total, count = carry
+    def add(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        step, mass, total, count, short = carry
         mass = mass * rate / (step + 1)
-        return step + 1, mass, total + mass, count + (total <= u)
+        now = total + mass
+        # Below its mode a mass may round away, too: there the sum is still far from any uniform.
+        short = short & ((now > total) | (step < rate))
+        count = count + short
+        return step + 1, mass, now, count, short & (now <= u)
 
-    start = (jnp.array(0, jnp.int32), first, first, jnp.zeros(rate.shape, jnp.int32))
+    start = (jnp.array(0, jnp.int32), first, first, jnp.zeros(rate.shape, jnp.int32), first <= u)
     return jax.lax.while_loop(more, add, start)[3]

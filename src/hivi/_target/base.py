@@ -96,7 +96,7 @@ class Target(eqx.Module):
         sites: the latent sites; static.
         factored: log p as a sum of local factors of (z, data, rows).
         data: arrays that the model reads; arguments of every compiled use, so that new data of the same shapes
-            compile nothing anew.
+            compile nothing anew. Not to be replaced in a target: locality may rest on integers among them.
         plates: the subsampled plates.
         notes: what was decided while the model was read, for `hivi.explain`.
         constrainer: map to the model's own space, where supports depend on latents.

@@ -143,8 +143,8 @@ def fit(
                 target, chosen, key=k1, steps=steps, samples=samples, estimator=strategies,
                 learning_rate=learning_rate, checkpoint=out if checkpoint else None,
             )  # fmt: skip
-        found = trust(done, key=k2, samples=max(draws, 100))
         rows = outputs.write_run(out, done, k3, draws)
+        found = trust(done, key=k2)
         _show(done, found, rows, out, json)
     if not done.converged:
         raise typer.Exit(NOT_CONVERGED)
@@ -220,8 +220,8 @@ def _show(done: Fit, found: Trust, rows: list[outputs.Summary], out: Path, as_js
         print_json({
             "run": str(out),
             "family": str(done.family),
-            "bound": found.bound._asdict(),
             "trust": found.as_dict(),
+            "bound": found.as_dict()["bound"],
             "converged": done.converged,
             "message": done.message,
             "steps": steps,

@@ -58,6 +58,8 @@ def read_strategies(options: Sequence[str] | None) -> AbstractStrategy | dict[st
             raise typer.BadParameter(
                 f"{option!r} is not [SITE=]NAME with NAME one of {NAMES}", param_hint="'--estimator'"
             )
+        if name == AUTO and site:
+            raise typer.BadParameter(f"{option!r}: leave {site} out, and hivi chooses", param_hint="'--estimator'")
         if site in found:
             raise typer.BadParameter(f"two for {site!r}" if site else "two without a site", param_hint="'--estimator'")
         found[site] = STRATEGIES.get(name)

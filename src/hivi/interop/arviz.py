@@ -81,7 +81,7 @@ def to_arviz(
                 raise
             groups = {"posterior": groups["posterior"]}
             attributes["omitted"] = f"likelihoods and predictions, since the model does not run: {error}"
-    small = [n for n, x in groups.get("posterior_predictive", {}).items() if x.shape[1:] != observed[n].value.shape]
+    small = [n for n, x in groups.get("posterior_predictive", {}).items() if x.ndim - 1 < observed[n].value.ndim]
     for name in small:  # say, one distribution and several observations, without a plate
         del groups["posterior_predictive"][name]
         attributes["omitted"] = f"predictions of {', '.join(small)}: one draw has not the shape of the observations"

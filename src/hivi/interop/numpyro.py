@@ -81,7 +81,7 @@ def from_numpyro(
             return _build(name, _Source(model, arguments, constant), dict(subsample or {}))
         except (TypeError, IndexError) as error:
             if not slicing.needs_value(error):
-                _refuse_lists(args, kwargs, error)
+                _refuse_lists(model, args, kwargs, error)
                 raise
             last = error
     assert last is not None
@@ -122,19 +122,35 @@ class _Arguments(NamedTuple):
             yield self.arrays
 
 
-def _refuse_lists(args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> None:
-    """Say so where a model fails with lists of numbers among its arguments: they are no arrays.
+def _refuse_lists(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
+) -> None:
+    """Say so where a model fails with lists of numbers among its arguments, and does not with arrays in their place.
 
     Raises:
         TargetError: from the model's error.
     """
     given = {**{f"{k + 1}": x for k, x in enumerate(args)}, **{repr(n): x for n, x in kwargs.items()}}
-    lists = [n for n, x in given.items() if isinstance(x, list | tuple) and x]
-    plain = [n for n in lists if all(isinstance(leaf, int | float) for leaf in jax.tree.leaves(given[n]))]
-    if plain:
-        text = f"a list of numbers, with which the model fails ({str(error).splitlines()[0]})"
-        cure = "pass numpy.asarray(...) of it"
-        raise TargetError(message(f"from_numpyro, argument {', '.join(plain)}", text, "an array", cure)) from error
+    plain = [
+        n for n, x in given.items()
+        if isinstance(x, list) and x and all(isinstance(leaf, int | float) for leaf in _leaves(x))
+    ]  # fmt: skip
+    if not plain:
+        return
+    arrays = [np.asarray(x) if n in plain else x for n, x in given.items()]
+    named: dict[str, Any] = dict(zip(kwargs, arrays[len(args) :], strict=True))
+    try:
+        from_numpyro(model, *arrays[: len(args)], **named)
+    except Exception:  # something else is wrong, too
+        return
+    text = f"a list of numbers, with which the model fails ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    where = f"from_numpyro, argument {', '.join(plain)}"
+    raise TargetError(message(where, text, "an array", "pass numpy.asarray(...) of it")) from error
+
+
+def _leaves(x: list[Any]) -> list[Any]:
+    """The leaves of nested lists; None is one."""
+    return jax.tree.leaves(x, is_leaf=lambda v: v is None)
 
 
 def _control_flow(name: str, arguments: _Arguments, error: Exception) -> str:
