@@ -100,7 +100,7 @@ def deep_exponential(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Table 1 of the paper: deep exponential families, hierarchical against mean-field (an hour or more on two cores).
+    """Table 1 of the paper: deep exponential families, hierarchical against mean-field (half an hour to an hour on two cores).
 
     Rows of one, two and three layers; perplexity and negative log-likelihood of unseen documents, beside the unigram, LDA
     and NMF. Printed twice: from scratch with equal passes, as in the paper, and converged, where both go on from one
