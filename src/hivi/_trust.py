@@ -86,7 +86,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     Example:
         >>> import hivi, jax
         >>> target = hivi.from_log_joint(lambda z: -0.5 * z["x"] ** 2, {"x": hivi.Latent()})
-        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), steps=1500, progress=False)
+        >>> fit = hivi.fit(target, hivi.MeanField(), key=jax.random.key(0), progress=False)
         >>> hivi.trust(fit, key=jax.random.key(1)).faults
         ()
 
