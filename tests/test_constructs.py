@@ -5,6 +5,7 @@ Controls are models that truly couple their coordinates: there, locality must no
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -237,11 +238,15 @@ def test_other_captured_indices_are_another_program():
     assert one.factored.program == target(ORDER.copy()).factored.program
 
 
-def test_indices_that_are_data_are_not_trusted():
-    """Data may be exchanged for others of their shape."""
+def test_indices_that_are_data_are_read_and_then_stay():
+    """A permutation: one colour. Other data of that shape would need other scopes, and are refused."""
     latents = {"z": hivi.Latent(LINE, constraints.boolean)}
-    target = hivi.from_log_joint(lambda z, order: jnp.sin(z["z"][order] * FIELD), latents, data=jnp.asarray(ORDER))
-    assert [len(set(c.tolist())) for c in colours(target.factored.factors, "z", LINE)] == [SIZE]
+    order = jnp.asarray(ORDER)
+    target = hivi.from_log_joint(lambda z, order: jnp.sin(z["z"][order] * FIELD), latents, data=order)
+    assert [len(set(c.tolist())) for c in colours(target.factored.factors, "z", LINE)] == [1]
+    assert dataclasses.replace(target, data=order + 0).data.shape == order.shape
+    with pytest.raises(hivi.TargetError, match="make a new target"):
+        dataclasses.replace(target, data=order[::-1])
 
 
 def test_a_long_loop_is_one_factor():

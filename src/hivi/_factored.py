@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class Program:
         factors: one per output.
         losses: where locality was given up.
         key: fingerprint that decides equality.
+        read: pairs (leaf of the other arguments, digest of its values) of the integer arrays on which the factors' scopes rest.
     """
 
     jaxpr: jex.Jaxpr
@@ -55,6 +57,7 @@ class Program:
     factors: tuple[Factor, ...]
     losses: tuple[Loss, ...]
     key: str
+    read: tuple[tuple[int, str], ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.key == other.key and self.factors == other.factors
@@ -296,11 +299,14 @@ def factorise(
     fixed = _jaxprs.rebuild(jaxpr, invars=jaxpr.invars[len(consts) :], constvars=jaxpr.invars[: len(consts)])
     seeds = [*sites, *[None] * len(leaves)]
     found, losses = scopes(fixed, seeds, consts)
+    read: tuple[tuple[int, str], ...] = ()
     if any(loss.site in indexed for loss in losses):
-        closer, left = scopes(fixed, seeds, consts, [*[None] * len(sites), *map(_integers, leaves)])
+        known = [_integers(leaf) for leaf in leaves]
+        closer, left = scopes(fixed, seeds, consts, [*[None] * len(sites), *known])
         gained = {s for s in indexed if sum(x.site == s for x in left) < sum(x.site == s for x in losses)}
         found = [old | {s: m for s, m in new.items() if s in gained} for old, new in zip(found, closer, strict=True)]
         losses = [x for x in losses if x.site not in gained] + [x for x in left if x.site in gained]
+        read = tuple((k, digest(x)) for k, x in enumerate(known) if x is not None) if gained else ()
     scales = scales or {}
     found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, found, strict=True)]
     factors = tuple(
@@ -312,8 +318,13 @@ def factorise(
         )
         for t, scope in zip(parts, found, strict=True)
     )
-    program = Program(jaxpr, sites, factors, tuple(losses), _jaxprs.fingerprint(jaxpr))
+    program = Program(jaxpr, sites, factors, tuple(losses), _jaxprs.fingerprint(jaxpr), read)
     return Factored(program, tuple(consts), tuple((*key, rule) for key, rule in (overrides or {}).items()))
+
+
+def digest(x: np.ndarray) -> str:
+    """A fingerprint of integers, whatever their width."""
+    return hashlib.sha256(np.ascontiguousarray(x, np.int64).tobytes()).hexdigest()
 
 
 def _integers(leaf: Any) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from hivi._compile import compiled
 from hivi._errors import TargetError, message, nearest
-from hivi._factored import Factored
+from hivi._factored import Factored, digest
 from hivi._locality.base import Factor
 from hivi._space import Latents, Plate, Site, constrain
 from hivi._tree import Key, PyTree
@@ -96,7 +96,7 @@ class Target(eqx.Module):
         sites: the latent sites; static.
         factored: log p as a sum of local factors of (z, data, rows).
         data: arrays that the model reads; arguments of every compiled use, so that new data of the same shapes
-            compile nothing anew. Not to be replaced in a target: locality may rest on integers among them.
+            compile nothing anew. Where locality rests on integers among them, these cannot be replaced.
         plates: the subsampled plates.
         notes: what was decided while the model was read, for `hivi.explain`.
         constrainer: map to the model's own space, where supports depend on latents.
@@ -125,6 +125,17 @@ class Target(eqx.Module):
     starts: dict[str, Array] = eqx.field(default_factory=dict)
     features: Callable[[Latents, PyTree], Array] | None = eqx.field(static=True, default=None)
     origin: AbstractOrigin | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        """Refuse other indices than those that locality was read from."""
+        leaves = jax.tree.leaves(self.data) if self.factored.program.read else []
+        for k, known in self.factored.program.read:
+            here = leaves[k] if k < len(leaves) else None
+            array = isinstance(here, jax.Array | np.ndarray) and not isinstance(here, jax.core.Tracer)
+            if array and digest(np.asarray(here)) != known:
+                text = "integers other than those from which it was read which datum meets which latent"
+                cure = "make a new target of the new data"
+                raise TargetError(message(f"target {self.name!r}, data", text, "the same integers", cure))
 
     def __repr__(self) -> str:
         """Name and sites; `hivi.explain` says the rest."""
