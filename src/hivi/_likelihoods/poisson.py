@@ -13,7 +13,7 @@ from jaxtyping import Array
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._tree import Key, value_zero
 
-PART, LARGER, MODERATE, TERMS = 8.0, 30.0, 60.0, 120
+PART, LARGER, MODERATE, PARTS, TERMS = 8.0, 30.0, 60.0, 40, 120
 MANY, SHARE = 1024, 8
 MAX_LOG_RATE = 20.0
 """Log rates are used up to e^20: beyond that an int32 draw and a float32 count lose their last digits."""
@@ -97,30 +97,38 @@ def poisson(key: Key, rate: Array) -> Array:
     part = jnp.minimum(rate, PART)
     rest, few = (rate - part).ravel(), rate.size // SHARE
     number = jnp.sum(rest > 0)
-    way = jnp.where(number == 0, 0, jnp.where(number <= few, 1, jnp.where(jnp.all(rest < MODERATE), 2, 3)))
+    inverted = jnp.all(rest < jnp.where(number <= few, PARTS * LARGER, MODERATE))
+    way = jnp.where(number == 0, 0, jnp.where(~inverted, 3, jnp.where(number <= few, 1, 2)))
 
     def none(_: Key) -> Array:
         return jnp.zeros(rest.shape, jnp.int32)
 
     def of_few(k: Key) -> Array:
         places = jnp.nonzero(rest > 0, size=few, fill_value=rest.size)[0]
-        drawn = jax.random.poisson(k, rest.at[places].get(mode="fill", fill_value=0.0), dtype=jnp.int32)
+        drawn = _in_parts(k, rest.at[places].get(mode="fill", fill_value=0.0))
         return none(k).at[places].set(drawn, mode="drop")
 
     def moderate(k: Key) -> Array:
-        def draw(carry: tuple[Key, Array, Array]) -> tuple[Key, Array, Array]:
-            k, left, count = carry
-            k, now = jax.random.split(k)
-            here = jnp.minimum(left, LARGER)
-            return k, left - here, count + _inversion(now, here)
-
-        return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), draw, (k, rest, none(k)))[2]
+        return _in_parts(k, rest)
 
     def large(k: Key) -> Array:
         return jax.random.poisson(k, rest, dtype=jnp.int32)
 
     more = jax.lax.switch(way, (none, of_few, moderate, large), k_rest)
     return _inversion(k_part, part) + more.reshape(rate.shape)
+
+
+def _in_parts(key: Key, rate: Array) -> Array:
+    """Draws as sums of draws of rates up to `LARGER`."""
+
+    def draw(carry: tuple[Key, Array, Array]) -> tuple[Key, Array, Array]:
+        k, left, count = carry
+        k, now = jax.random.split(k)
+        here = jnp.minimum(left, LARGER)
+        return k, left - here, count + _inversion(now, here)
+
+    start = (key, rate, jnp.zeros(rate.shape, jnp.int32))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), draw, start)[2]
 
 
 def _inversion(key: Key, rate: Array) -> Array:
