@@ -22,8 +22,8 @@ from hivi._families.product import build_proposal
 from test_unbiased import (
     BATCH,
     OBSERVED,
-    agree,
-    agree_over_minibatches,
+    assert_agreement_over_minibatches,
+    assert_agrees,
     grouped,
     means,
     strategies,
@@ -40,7 +40,7 @@ def network(**options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["exact", "score"])
 def test_minibatches_average_to_the_full_gradient(kind):
     """In the network's weights, too."""
-    agree_over_minibatches(network(), kind)
+    assert_agreement_over_minibatches(network(), kind)
 
 
 def rows_of_two(x: Array) -> None:
@@ -217,7 +217,7 @@ def test_a_mixture_of_equal_weights_is_stratified_row_by_row(kind):
     family = {"z": hivi.Mixture(2, equal=True), "g": hivi.MeanField()}
     proposal = perturbed(build_proposal(family, target.sites, jax.random.key(0)), jax.random.key(1), 0.5)
     assert proposal.branches == 2
-    agree(means(target, proposal, strategies(target, kind), hivi.Elbo()))
+    assert_agrees(means(target, proposal, strategies(target, kind), hivi.Elbo()))
     rows = proposal.gather(target.all_rows())
     lam = [rows.conditionals(rows.propose(jax.random.key(3), b)[1])["z"].lam for b in (0, 1)]
     assert not np.isclose(lam[0], lam[1]).any()

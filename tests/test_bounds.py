@@ -26,7 +26,7 @@ def estimates(target: hivi.Target, proposal: object, bound: object, count: int =
     return quick(jax.vmap(lambda k: log_weights(proposal, target, bound, k)))(keys)
 
 
-def below(low: Array, high: Array | float) -> None:
+def assert_below(low: Array, high: Array | float) -> None:
     """Mean of `low` is below `high`: by four standard errors above it at most, and by some clearly."""
     gap = np.asarray(high).mean() - np.asarray(low).mean()
     stderr = np.hypot(np.std(low) / np.sqrt(np.size(low)), np.std(high) / np.sqrt(np.size(high)))
@@ -39,9 +39,9 @@ def test_outer_draws_tighten(name):
     target = TARGETS[name]()
     proposal = built("mean-field", target, scale=0.5)
     rungs = [estimates(target, proposal, b) for b in (hivi.Elbo(), *map(_outer, (2, 8)))]
-    below(rungs[0], rungs[1])
-    below(rungs[1], rungs[2])
-    below(rungs[2], truth(target))
+    assert_below(rungs[0], rungs[1])
+    assert_below(rungs[1], rungs[2])
+    assert_below(rungs[2], truth(target))
     assert np.mean(rungs[2]) - np.mean(rungs[0]) > 0.01, "the ladder has no steps"
 
 
@@ -54,9 +54,9 @@ def test_inner_draws_tighten(family):
     target = TARGETS["pair"]()
     proposal = built(family, target)
     rungs = [estimates(target, proposal, hivi.ImportanceWeighted(outer=1, inner=k)) for k in (0, 1, 4)]
-    below(rungs[0], rungs[1])
-    below(rungs[1], rungs[2])
-    below(rungs[2], truth(target))
+    assert_below(rungs[0], rungs[1])
+    assert_below(rungs[1], rungs[2])
+    assert_below(rungs[2], truth(target))
     assert np.mean(rungs[2]) - np.mean(rungs[0]) > 0.01, "the ladder has no steps"
 
 
@@ -65,8 +65,8 @@ def test_branches_tighten():
     target = TARGETS["pair"]()
     proposal = built("mixture", target, scale=0.5)
     elbo, weighted = (estimates(target, proposal, b) for b in (hivi.Elbo(), _outer(1)))
-    below(elbo, weighted)
-    below(weighted, truth(target))
+    assert_below(elbo, weighted)
+    assert_below(weighted, truth(target))
 
 
 def test_one_draw_is_the_elbo():

@@ -20,7 +20,7 @@ from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.measured import Setting, moments
 from hivi._families.product import build_proposal
 from hivi._space import Latents
-from test_unbiased import Means, agree, means
+from test_unbiased import Means, assert_agrees, means
 
 
 def proposal_of(target: hivi.Target, bits: int = 2) -> Any:
@@ -48,12 +48,12 @@ def every_mean(target: hivi.Target, strategy: Any, bound: Any, samples: int) -> 
 @pytest.mark.parametrize("strategy", [hivi.LocalExpectation(), hivi.Score(), hivi.Score(baseline=hivi.MovingAverage())])
 def test_gradient_has_the_right_mean(strategy, samples):
     target = TARGETS["pair"]()
-    agree(every_mean(target, strategy, hivi.Elbo(), samples))
+    assert_agrees(every_mean(target, strategy, hivi.Elbo(), samples))
 
 
 def test_gradient_of_a_multi_sample_bound_has_the_right_mean():
     target = TARGETS["pair"]()
-    agree(every_mean(target, hivi.Score(), hivi.ImportanceWeighted(outer=2), 1))
+    assert_agrees(every_mean(target, hivi.Score(), hivi.ImportanceWeighted(outer=2), 1))
 
 
 def test_control_a_signal_without_log_p_is_noticed(monkeypatch):
@@ -65,7 +65,7 @@ def test_control_a_signal_without_log_p_is_noticed(monkeypatch):
     )
     target = TARGETS["pair"]()
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(every_mean(target, hivi.LocalExpectation(), hivi.Elbo(), 1))
+        assert_agrees(every_mean(target, hivi.LocalExpectation(), hivi.Elbo(), 1))
 
 
 BITS_BY = {

@@ -15,7 +15,7 @@ import pytest
 import hivi
 from cases import BOUNDS, TARGETS, built
 from hivi._estimators.measured import Setting, moments
-from test_unbiased import agree, means
+from test_unbiased import assert_agrees, means
 
 KEY = jax.random.key(0)
 
@@ -26,7 +26,7 @@ def test_counts_outside_the_window_keep_the_mean_right(values, bound, x64):
     """Three of a count's values are summed, which leave much of its mass to the draw."""
     target = TARGETS["count"]()
     proposal = built("mean-field", target)
-    agree(means(target, proposal, {"z": hivi.Enumeration(values)}, BOUNDS[bound], 1, 14), rounding=1e-4)
+    assert_agrees(means(target, proposal, {"z": hivi.Enumeration(values)}, BOUNDS[bound], 1, 14), rounding=1e-4)
 
 
 def test_a_window_alone_would_be_biased(x64, monkeypatch):
@@ -40,7 +40,7 @@ def test_a_window_alone_would_be_biased(x64, monkeypatch):
 
     monkeypatch.setattr(hivi.Enumeration, "measure", cut)
     with pytest.raises(AssertionError):
-        agree(
+        assert_agrees(
             means(target, built("mean-field", target), {"z": hivi.Enumeration(3)}, BOUNDS["elbo"], 1, 14), rounding=1e-4
         )
 

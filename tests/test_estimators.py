@@ -29,7 +29,7 @@ from hivi._estimators.surrogate import memories, surrogate
 from hivi._families.base import Conditional
 from hivi._likelihoods.finite import FiniteLikelihood
 from hivi._space import Values
-from test_unbiased import agree, flat, means
+from test_unbiased import assert_agrees, flat, means
 
 # Every pair
 
@@ -111,7 +111,7 @@ def test_disarm_has_the_right_mean(row):
     family, name, bound = row
     target = TARGETS[name]()
     strategy = paired(hivi.DisARM(), disarm, metropolised, target)
-    agree(means(target, built(family, target), {"z": strategy}, BOUNDS[bound]))
+    assert_agrees(means(target, built(family, target), {"z": strategy}, BOUNDS[bound]))
 
 
 @pytest.mark.parametrize("row", [r for r in PAIRED if "outer" not in r[2]], ids=" - ".join)
@@ -119,7 +119,7 @@ def test_coupled_local_expectation_has_the_right_mean(row):
     family, name, bound = row
     target = TARGETS[name]()
     strategy = paired(hivi.LocalExpectation(coupled=True), differences, metropolised, target)
-    agree(means(target, built(family, target), {"z": strategy}, BOUNDS[bound]))
+    assert_agrees(means(target, built(family, target), {"z": strategy}, BOUNDS[bound]))
 
 
 ALPHAS = {
@@ -133,7 +133,7 @@ ALPHAS = {
 def test_double_control_variates_have_the_right_mean(family, alpha):
     target = smooth_chain()
     strategy = paired(hivi.DoubleControlVariates(), control_variates, independent, target, ALPHAS[alpha])
-    agree(means(target, built(family, target), {"z": strategy}, BOUNDS["elbo"]))
+    assert_agrees(means(target, built(family, target), {"z": strategy}, BOUNDS["elbo"]))
 
 
 def smooth_chain() -> hivi.Target:
@@ -161,7 +161,7 @@ def test_control_a_coupling_without_its_weight_is_noticed():
     target = TARGETS["pair"]()
     strategy = dataclasses.replace(paired(hivi.DisARM(), disarm, metropolised, target), pair=no_weight)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo()))
+        assert_agrees(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo()))
 
 
 def test_control_a_control_variate_without_its_mean_is_noticed():
@@ -169,7 +169,7 @@ def test_control_a_control_variate_without_its_mean_is_noticed():
     strategy = paired(hivi.DoubleControlVariates(), control_variates, independent, target, ALPHAS["start"])
     strategy = dataclasses.replace(strategy, pair=no_correction)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo()))
+        assert_agrees(means(target, built("mean-field", target), {"z": strategy}, hivi.Elbo()))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
@@ -255,7 +255,7 @@ def test_a_baseline_with_any_memory_is_no_bias(name, family, bound):
     memory = perturbed(memories(proposal, {"z": strategy})["z"], jax.random.key(5), 0.7)
     memory = jax.tree.map(lambda x: jnp.abs(x) + 0.3, memory)  # weights of averages are positive
     result = means(target, proposal, {"z": Remembering(strategy, memory)}, BOUNDS[bound])
-    agree(result)
+    assert_agrees(result)
 
 
 def after_steps(strategy: Any, family: str, steps: int) -> tuple[hivi.Target, Any, Any]:

@@ -88,7 +88,7 @@ def ratios(
     return np.asarray(quick(jax.vmap(one))(jax.random.split(jax.random.key(seed), draws)), np.float64)
 
 
-def mean_is_one(ratio: np.ndarray, limit: float = 4.0) -> None:
+def assert_mean_is_one(ratio: np.ndarray, limit: float = 4.0) -> None:
     stderr = ratio.std(0, ddof=1) / np.sqrt(len(ratio))
     assert stderr.max() < PRECISE, f"not precise enough to judge: {stderr.max():.3f}"
     assert (np.abs(ratio.mean(0) - 1) < limit * stderr + 1e-4).all(), (ratio.mean(0), stderr)
@@ -150,7 +150,7 @@ def rows(chosen: list[tuple[str, str, int]]) -> list[Any]:
 def check(target: str, family: str, inner: int) -> None:
     model = TARGETS[target]()
     proposal = overlapping(built(family, model, scale=SCALE))
-    mean_is_one(ratios(proposal, density(model, proposal, jax.random.key(7)), inner))
+    assert_mean_is_one(ratios(proposal, density(model, proposal, jax.random.key(7)), inner))
 
 
 @pytest.mark.parametrize(("target", "family", "inner"), rows(DEFAULT_ROWS))
@@ -175,7 +175,7 @@ def test_properly_weighted_at_every_state(family):
         same = [jnp.all((v == z[n]).reshape(len(v), -1), 1) for n, v in grid.items()]
         return jnp.where(jnp.all(jnp.stack(same), 0), 0.0, -jnp.inf)
 
-    mean_is_one(ratios(proposal, indicator, 0, 60_000), limit=4.5)
+    assert_mean_is_one(ratios(proposal, indicator, 0, 60_000), limit=4.5)
 
 
 def test_a_wrong_weight_is_noticed():
@@ -184,7 +184,7 @@ def test_a_wrong_weight_is_noticed():
     proposal = built("hvm planar", model, scale=SCALE)
     log_g = density(model, proposal, jax.random.key(7))
     with pytest.raises(AssertionError):
-        mean_is_one(1.1 * ratios(proposal, log_g, 0))
+        assert_mean_is_one(1.1 * ratios(proposal, log_g, 0))
 
 
 # Densities
@@ -218,7 +218,7 @@ def check_density(family: str, samples: int) -> None:
     keys = jax.random.split(jax.random.key(2), DRAWS)
     at_states = jax.vmap(lambda z, k: proposal.log_density({"z": z}, k, samples), (0, None))
     found = np.exp(np.asarray(quick(jax.vmap(lambda k: at_states(grid, k)))(keys), np.float64))
-    mean_is_one(found.sum(1))
+    assert_mean_is_one(found.sum(1))
     weights = np.exp(np.asarray(proposal.log_weights()))
     drawn = np.zeros(4)
     for b, w in enumerate(weights):

@@ -36,8 +36,8 @@ from hivi._target.base import Target
 from hivi.topics import fitting, trained
 from hivi.topics.base import Corpus
 from hivi.topics.model import Architecture, Priors, deep_exponential_family
-from test_proper_weighting import mean_is_one, ratios
-from test_unbiased import agree, flat, means
+from test_proper_weighting import assert_mean_is_one, ratios
+from test_unbiased import assert_agrees, flat, means
 
 KEY = jax.random.key(0)
 PRIORS = Priors(floor=0.2, topic_shape=0.4, level=0.4)
@@ -62,7 +62,7 @@ def proposal_of(target: Target, family: Any, batch: bool = True, seed: int = 1) 
 # Gradients
 
 
-def close(errors: np.ndarray, right: np.ndarray, precise: float = 0.05, limit: float = 4.5) -> None:
+def assert_mean_zero(errors: np.ndarray, right: np.ndarray, precise: float = 0.05, limit: float = 4.5) -> None:
     """Differences from the exact gradient have mean zero: precise enough, then close enough."""
     stderr = errors.std(0, ddof=1) / np.sqrt(len(errors))
     assert np.linalg.norm(stderr) < precise * np.linalg.norm(right), "not precise enough to judge"
@@ -105,7 +105,7 @@ def test_gradient_of_mean_field_is_right(strategy):
     )
     found = np.concatenate([np.asarray(x, float).reshape(4000, -1) for x in jax.tree.leaves(found)], 1)
     right = np.asarray(flat(right), float)
-    close(found - right, right, 0.1)
+    assert_mean_zero(found - right, right, 0.1)
     assert abs(values.mean() - value) < 4.5 * values.std() / np.sqrt(4000)
 
 
@@ -129,7 +129,7 @@ def test_gradient_of_a_shared_hierarchy_is_right():
 
     errors, right = (np.asarray(x, float) for x in quick(jax.vmap(both))(jax.random.split(jax.random.key(3), 2000)))
     assert (np.abs(right.mean(0)) > 0).all(), "every parameter matters, those that rows share too"
-    close(errors, right.mean(0), 0.1)
+    assert_mean_zero(errors, right.mean(0), 0.1)
 
 
 CHOSEN: dict[str, Any] = {"z1": hivi.Pathwise(), "w0": Expectation()}
@@ -150,7 +150,7 @@ def test_rates_of_gamma_latents_at_their_means_given_lambda_have_the_same_expect
         return tuple(jnp.concatenate([v[None], flat(g)]) for v, g in out)
 
     ours, theirs = (np.asarray(x, float) for x in quick(jax.vmap(both))(jax.random.split(jax.random.key(3), 4000)))
-    close(ours - theirs, theirs.mean(0), 0.1)
+    assert_mean_zero(ours - theirs, theirs.mean(0), 0.1)
 
 
 def test_rates_of_a_hierarchy_over_sparse_gamma_latents_are_not_drawn():
@@ -173,7 +173,7 @@ def test_gradient_of_shared_rows_is_exact(kind):
     target = deep_exponential_family(corpus(4, 3), Architecture((1,), "bernoulli", priors=PRIORS), batch=2)
     chosen: Any = {"z1": hivi.LocalExpectation() if kind == "exact" else hivi.Score(), "w0": hivi.Pathwise()}
     proposal = proposal_of(target, SHARED, batch=False)
-    agree(means(target, proposal, chosen, hivi.Elbo(), 2 if kind == "score" else 1), 1e-4)
+    assert_agrees(means(target, proposal, chosen, hivi.Elbo(), 2 if kind == "score" else 1), 1e-4)
 
 
 @pytest.mark.parametrize("inner", [0, 2])
@@ -184,7 +184,7 @@ def test_rows_with_shared_parameters_are_properly_weighted(inner):
     assert isinstance(local, RowsProposal)
     assert not all(local.mask), "some parameters are shared"
     assert any(local.mask)
-    mean_is_one(ratios(local, lambda z: -4 * jnp.log(2.0), inner, 20_000))
+    assert_mean_is_one(ratios(local, lambda z: -4 * jnp.log(2.0), inner, 20_000))
 
 
 def test_natural_gradients_are_fishers():

@@ -21,7 +21,7 @@ from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.measured import Setting, moments
 from hivi._families.product import build_proposal
 from hivi._space import Latents
-from test_unbiased import BATCH, OBSERVED, Means, agree, grouped, means
+from test_unbiased import BATCH, OBSERVED, Means, assert_agrees, grouped, means
 
 
 def forced(own: Any, key: Array, branch: Array | int, given: Latents) -> tuple[Latents, Any]:
@@ -51,12 +51,12 @@ def solve(family: str, target: str, bound: str = "elbo", samples: int = 2, most:
     ],
 )
 def test_gradient_has_the_right_mean(family, target, bound, samples):
-    agree(solve(family, target, bound, samples))
+    assert_agrees(solve(family, target, bound, samples))
 
 
 @pytest.mark.parametrize("family", ["structured mean-field", "structured hvm"])
 def test_discrete_groups_below_a_discrete_group(family):
-    agree(solve(family, "sites", samples=1, most=13))
+    assert_agrees(solve(family, "sites", samples=1, most=13))
 
 
 ABOVE = {
@@ -77,11 +77,11 @@ def of_a_bit_above(strategy: Any, bound: str = "elbo") -> Means:
 
 @pytest.mark.parametrize("name", ABOVE)
 def test_strategies_of_a_bit_above_others(name):
-    agree(of_a_bit_above(ABOVE[name]))
+    assert_agrees(of_a_bit_above(ABOVE[name]))
 
 
 def test_local_expectation_of_a_bit_above_others_with_a_multi_sample_bound():
-    agree(of_a_bit_above(ABOVE["local expectation"], "outer 3"))
+    assert_agrees(of_a_bit_above(ABOVE["local expectation"], "outer 3"))
 
 
 def above_others(name: str) -> tuple[hivi.Target, Any, str]:
@@ -158,7 +158,7 @@ def test_control_draws_below_a_moved_bit_must_move(monkeypatch):
     own = Evaluation._replace
     monkeypatch.setattr(Evaluation, "_replace", lambda self, **new: own(self, **{**new, "above": None}))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(of_a_bit_above(ABOVE["local expectation"]))
+        assert_agrees(of_a_bit_above(ABOVE["local expectation"]))
 
 
 def test_auto_says_why_and_others_are_refused():
@@ -239,7 +239,7 @@ def test_rows_below_a_global_group():
     z, context = p.gather({"data": rows}).propose(jax.random.key(0))
     names = p.gather({"data": rows}).log_q(z, context, jax.random.key(0))
     assert {n for n in names if n.endswith("#1")} <= {n for n, v in p.scales().items() if v == 2.0}
-    agree(means(target, p, chosen(target, p.gather(target.all_rows())), hivi.Elbo(), 1, 13, forced))
+    assert_agrees(means(target, p, chosen(target, p.gather(target.all_rows())), hivi.Elbo(), 1, 13, forced))
 
 
 def grouped_normals(y: Array) -> None:

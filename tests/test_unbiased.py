@@ -200,7 +200,7 @@ def flat(tree: Any) -> Array:
     return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-def agree(result: Means, rounding: float = 2e-5) -> None:
+def assert_agrees(result: Means, rounding: float = 2e-5) -> None:
     """Bound and gradient agree to rounding, and are not trivially zero."""
     (value, gradient), (value_found, gradient_found) = result
     assert np.isfinite(np.asarray(gradient_found)).all()
@@ -307,13 +307,13 @@ def solve(case: Case) -> Means:
 
 @pytest.mark.parametrize("case", DEFAULT, ids=lambda c: f"{c.family} - {c.target} - {c.kind} - {c.bound}")
 def test_gradient_has_the_right_mean(case):
-    agree(solve(case))
+    assert_agrees(solve(case))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=lambda c: f"{c.family} - {c.target} - {c.kind} - {c.bound}")
 def test_gradient_has_the_right_mean_everywhere(case):
-    agree(solve(case))
+    assert_agrees(solve(case))
 
 
 # In double precision, where nothing hides behind rounding
@@ -327,7 +327,7 @@ X64 = [
 
 @pytest.mark.parametrize("row", X64, ids=lambda r: " - ".join(r[:4]))
 def test_gradient_in_double_precision(row, x64):
-    agree(solve(Case(*row[:4])), rounding=row[4])
+    assert_agrees(solve(Case(*row[:4])), rounding=row[4])
 
 
 # Controls: the check can fail
@@ -387,12 +387,12 @@ def test_a_biased_estimator_is_noticed(spoil, target, bound, samples):
     model = TARGETS[target]()
     result = means(model, built("mean-field", model), {"z": Spoiled(spoil)}, BOUNDS[bound], samples)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        agree(result)
+        assert_agrees(result)
 
 
 def test_no_baseline_is_no_bias():
     """One sample has no other draw for a baseline; the gradient is noisier, and right."""
-    agree(solve(Case("mean-field", "chain", "score", "elbo", samples=1)))
+    assert_agrees(solve(Case("mean-field", "chain", "score", "elbo", samples=1)))
 
 
 # Draws as they come
@@ -450,7 +450,7 @@ def test_pathwise_gradient_is_that_of_the_bound():
         return surrogate(eqx.combine(params, static), target, chosen, bound, key, 2)[0]
 
     a, b = quick(jax.value_and_grad(direct))(params), quick(jax.value_and_grad(through))(params)
-    agree(Means((a[0], flat(a[1])), (b[0], flat(b[1]))))
+    assert_agrees(Means((a[0], flat(a[1])), (b[0], flat(b[1]))))
 
 
 # Minibatches
@@ -476,7 +476,7 @@ def by_rows(target: hivi.Target) -> dict[tuple[int, ...], int]:
     return found
 
 
-def agree_over_minibatches(family: Any, kind: str) -> None:
+def assert_agreement_over_minibatches(family: Any, kind: str) -> None:
     """The mean over all minibatches is the gradient of the whole data: N/B is applied once."""
     full = hivi.from_numpyro(grouped, OBSERVED)
     small = hivi.from_numpyro(grouped, OBSERVED, subsample={"data": BATCH})
@@ -486,17 +486,17 @@ def agree_over_minibatches(family: Any, kind: str) -> None:
     like = build_proposal(family, small.sites, jax.random.key(0))
     local = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(proposal))
     right = means(full, proposal, strategies(full, kind), hivi.Elbo())
-    agree(right)
+    assert_agrees(right)
     at = means_by_seed(small, local, strategies(small, kind), hivi.Elbo())
     each = [at(seed) for seed in seeds.values()]
     value, gradient = (sum(m.found[k] for m in each) / len(each) for k in (0, 1))
-    agree(Means(right.exact, (value, gradient)))
+    assert_agrees(Means(right.exact, (value, gradient)))
 
 
 @pytest.mark.parametrize("kind", ["score", "exact"])
 def test_minibatches_average_to_the_full_gradient(kind):
     """In p and in q of a local site."""
-    agree_over_minibatches(hivi.MeanField(), kind)
+    assert_agreement_over_minibatches(hivi.MeanField(), kind)
 
 
 @pytest.mark.slow
@@ -506,7 +506,7 @@ def test_rows_of_a_hierarchy_take_the_plate_scale():
     family = {"z": hivi.Hierarchical(prior=hivi.MeanField(), auxiliary=hivi.Linearised()), ".*": hivi.MeanField()}
     proposal = perturbed(build_proposal(family, small.sites, jax.random.key(0)), jax.random.key(1), 0.3)
     bound = hivi.ImportanceWeighted(outer=1, inner=2)
-    agree(means(small, proposal, strategies(small, "exact"), bound))
+    assert_agrees(means(small, proposal, strategies(small, "exact"), bound))
     p = proposal.gather(small.all_rows())
     z, context = p.propose(jax.random.key(0))
     terms = p.log_q(z, context, jax.random.key(1), 2)
