@@ -153,10 +153,7 @@ def compare(
         row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
         if attempt.fit is not None:
             fits[name] = attempt.fit
-            try:
-                row = _measured(row, attempt.fit, keys, draws)
-            except Exception as error:  # the other families' results, and this fit, are worth more than the traceback
-                row = dataclasses.replace(row, error=f"could not be measured: {_text(error)}")
+            row = _measured(row, attempt.fit, keys, draws)
         if name == mean_field and curved is not None:
             row = dataclasses.replace(row, notes={"mixing": f"+{curved.gain_to_expect.mean:.2g}"})
         rows.append(row)
@@ -293,6 +290,8 @@ def _measured(row: Row, found: Fit, keys: _Keys, draws: int) -> Row:
         known = measure(found, keys.bound, keys.draw, draws)
     except HiviError as error:
         return dataclasses.replace(row, error=f"its bound could not be estimated: {error}", **costs)
+    except Exception as error:  # the other families' results, and this fit, are worth more than the traceback
+        return dataclasses.replace(row, error=f"could not be measured: {_text(error)}")
     remarks = (*row.remarks, *known.remarks)
     return dataclasses.replace(
         row, bound=known.bound, tighter=known.tighter, khat=known.khat, faults=known.faults, remarks=remarks, **costs

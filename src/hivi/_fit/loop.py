@@ -140,17 +140,24 @@ def fit(
     run = Run(target, plan, steps, tolerance, began, folder, identity, state)
     run.resume()
     outcome = run.go(progress, throw, _label(family))
+    return _finished(
+        run, family, outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else "")
+    )
+
+
+def _finished(run: Run, family: Any, outcome: str) -> Fit:
+    """What a run that has ended leaves."""
     return Fit(
-        proposal=run.state.average if plan.scheduled else run.state.proposal,
-        sites=target.sites,
-        bound=bound,
+        proposal=run.state.average if run.plan.scheduled else run.state.proposal,
+        sites=run.target.sites,
+        bound=run.plan.bound,
         family=family,
         converged=run.converged,
         history=run.history(),
-        seconds=time.monotonic() - began,
-        message=outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else ""),
-        target=target,
-        strategies={name: label(s) for name, s in plan.strategies},
+        seconds=time.monotonic() - run.began,
+        message=outcome,
+        target=run.target,
+        strategies={name: label(s) for name, s in run.plan.strategies},
         pace=run.pace(),
     )
 
