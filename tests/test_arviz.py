@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import arviz
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +14,11 @@ import pytest
 from numpyro.distributions import constraints
 
 import hivi
+from hivi._arviz import before_one, load_arviz
 
+arviz = load_arviz()
 KEY = jax.random.key(1)
-BEFORE_ONE = int(arviz.__version__.split(".")[0]) < 1
+BEFORE_ONE = before_one(arviz)
 X = np.linspace(-1.0, 1.0, 12)
 Y = 1.5 * X + 0.4 * np.cos(9 * X)
 
@@ -203,3 +204,18 @@ def test_several_observations_of_one_distribution():
 
     fit = hivi.fit(hivi.from_numpyro(plate), hivi.MeanField(), key=KEY, steps=50, progress=False)
     assert hivi.to_arviz(fit, key=KEY, samples=20).posterior_predictive["y"].shape == (1, 20, 5)
+
+
+def test_two_processes_that_import_arviz_for_the_first_time_of_a_day(monkeypatch):
+    """The slower finds that the file with the date is gone; a second import finds the date."""
+    tried = []
+
+    def race(name):
+        tried.append(name)
+        if len(tried) == 1:
+            raise FileNotFoundError("daily_warning.tmp")
+        return arviz
+
+    monkeypatch.setattr("hivi._arviz.importlib.import_module", race)
+    assert load_arviz() is arviz
+    assert tried == ["arviz", "arviz"]

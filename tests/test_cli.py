@@ -8,19 +8,20 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import arviz
 import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 import hivi
+from hivi._arviz import load_arviz
 from hivi._fit.progress import Bar, plain_lines
 from hivi.cli import fit as fit_command
 from hivi.cli.inputs import read_data
 from hivi.cli.main import app
 from hivi.cli.outputs import summarise
 
+arviz = load_arviz()
 MODEL = """
 import jax.numpy as jnp, numpyro, numpyro.distributions as dist
 

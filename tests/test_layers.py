@@ -14,7 +14,7 @@ import pytest
 SRC = Path(__file__).resolve().parent.parent / "src" / "hivi"
 
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("_errors.py", "_tree.py"),
+    ("_arviz.py", "_errors.py", "_tree.py"),
     ("_space.py", "_jaxprs.py", "_normal.py", "_compile.py"),
     ("_locality/", "_likelihoods/", "_bijections.py", "_pairs.py"),
     ("_factored.py", "_likelihood.py", "_dependence.py", "_margins.py", "_layout.py"),

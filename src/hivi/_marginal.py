@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from hivi._arviz import before_one, load_arviz
 from hivi._bounds import AbstractBound, Elbo, ImportanceWeighted
 from hivi._compile import compiled
 from hivi._errors import FitError, HiviError, message
@@ -232,9 +233,9 @@ def _khat_of_ties(log_w: Float[np.ndarray, " samples"], tied: float) -> float:
 
 
 def _psis(log_w: Float[np.ndarray, " samples"]) -> float:
-    arviz = importlib.import_module("arviz")  # takes seconds to import
+    arviz = load_arviz()
     with np.errstate(over="ignore"):  # where all of the tail is nearly equal
-        if int(arviz.__version__.split(".")[0]) < 1:
+        if before_one(arviz):
             return float(arviz.psislw(log_w)[1])
         stats = importlib.import_module("arviz_stats.base")
         return float(stats.array_stats.psislw(-log_w)[1])  # from 1.0 on it takes log-likelihoods, as leave-one-out does

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from hivi._arviz import before_one, load_arviz
 from hivi._errors import FitError, message
 from hivi._fit.result import Fit
 from hivi._marginal import marginal_khat
@@ -154,14 +153,12 @@ def _site_axes(site: Site) -> dict[str, int]:
 
 
 def _container(groups: Groups, attributes: dict[str, Any], dims: Dims, coords: dict[str, np.ndarray]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.23 announces its 1.0 at import
-        arviz = importlib.import_module("arviz")  # takes seconds, and only this function needs it
+    arviz = load_arviz()
     drawn = ("posterior", "posterior_predictive", "log_likelihood")
     out: dict[str, dict[str, Any]] = {}
     for group, arrays in groups.items():
         if arrays:
             out[group] = {n: x[None] if group in drawn else x for n, x in arrays.items()}
-    if int(arviz.__version__.split(".")[0]) < 1:
+    if before_one(arviz):
         return arviz.from_dict(**out, dims=dims, coords=coords, posterior_attrs=attributes)
     return arviz.from_dict(out, dims=dims, coords=coords, attrs={"posterior": attributes})
