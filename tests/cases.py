@@ -166,10 +166,16 @@ class Row(NamedTuple):
     family: Any
     discrete: bool = True
     least: int = 1  # sites
+    ordered: bool = False  # for counts and long ranges alone
 
     def takes(self, target: hivi.Target) -> bool:
         """Whether the family can be built for this target."""
-        return (self.discrete or not any(s.discrete for s in target.sites)) and len(target.sites) >= self.least
+        fits = self.discrete or not any(s.discrete for s in target.sites)
+        return (
+            fits
+            and len(target.sites) >= self.least
+            and (not self.ordered or any(s.values.ordered for s in target.sites))
+        )
 
 
 def _hierarchical(prior: AbstractFamily, auxiliary: Any = None) -> Row:
@@ -190,6 +196,7 @@ STRUCTURES: dict[str, dict[str, AbstractFamily]] = {
 
 FAMILIES: dict[str, Row] = {
     "mean-field": Row(hivi.MeanField()),
+    "mean-field, free spread": Row(hivi.MeanField(dispersed=True), ordered=True),
     "full-rank": Row(hivi.FullRank(), discrete=False),
     "low-rank": Row(hivi.LowRank(2), discrete=False),
     **{f"flow {k}": Row(hivi.Flow(layers=2, kind=k), discrete=False) for k in KINDS},
@@ -199,6 +206,10 @@ FAMILIES: dict[str, Row] = {
     "copula vine, frank": Row(hivi.Copula("vine", pair="frank")),
     "mixture": Row(hivi.Mixture(2)),
     **{f"hvm {k}": _hierarchical(hivi.Flow(layers=2, kind=k), hivi.InverseFlow(1, k)) for k in KINDS},
+    "hvm full-rank, free spread": Row(hivi.Hierarchical(prior=hivi.FullRank(), dispersed=True), ordered=True),
+    "hvm planar, free spread": Row(
+        hivi.Hierarchical(prior=hivi.Flow(layers=1), auxiliary=SHORT, dispersed=True), ordered=True
+    ),
     "hvm planar, linearised": _hierarchical(hivi.Flow(layers=1), hivi.Linearised()),
     "hvm planar, semi-implicit": _hierarchical(hivi.Flow(layers=1), hivi.SemiImplicit()),
     "hvm full-rank": _hierarchical(hivi.FullRank()),

@@ -257,7 +257,7 @@ def _check(fit: Fit, samples: int, top: int, names: Sequence[str] | None) -> tup
         raise FitError(message("curvature(top=...)", str(top), "at least 1", "ask for one direction"))
     known = fit.proposal.parameters()
     wanted = {s.name for s in fit.sites} if names is None else {fit.target.site(n).name for n in names}
-    sites = [s for s in fit.sites if s.name in wanted and s.name in known]
+    sites = [s for s in fit.proposal.sites if s.name in wanted and s.name in known]
     missing = [s for s in fit.sites if s.name in wanted and s.name not in known]
     if not sites or (names is not None and missing):
         found = ", ".join(f"{s.name!r} ({s.values.kind})" for s in missing)

@@ -9,7 +9,7 @@ from hivi._likelihoods.base import AbstractLikelihood
 from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._likelihoods.dispersed import DispersedLikelihood
 from hivi._likelihoods.finite import FiniteLikelihood
-from hivi._likelihoods.marginals import CountMarginal
+from hivi._likelihoods.marginals import AbstractSpreadMarginal, BinomialMarginal, CountMarginal
 from hivi._likelihoods.negative_binomial import NegativeBinomialLikelihood
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._likelihoods.poisson import PoissonLikelihood
@@ -39,10 +39,14 @@ def likelihood(site: Site) -> AbstractLikelihood:
         return NormalLikelihood()
     if values.kind == "finite":
         return FiniteLikelihood(values)
-    if values.kind == "binomial":
-        return BinomialLikelihood(values.low, values.count)
+    bounded = values.kind == "binomial"
     if values.dispersed:
-        return DispersedLikelihood(CountMarginal(values.low))
+        marginal: AbstractSpreadMarginal = (
+            BinomialMarginal(values.low, values.count) if bounded else CountMarginal(values.low)
+        )
+        return DispersedLikelihood(marginal)
+    if bounded:
+        return BinomialLikelihood(values.low, values.count)
     if values.concentration > 0:
         return NegativeBinomialLikelihood(values.low, values.concentration)
     return PoissonLikelihood(values.low)

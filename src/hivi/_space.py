@@ -19,7 +19,7 @@ Latents: TypeAlias = dict[str, Array]
 """One value of all latents: site name -> array."""
 
 FINITE_LIMIT = 64
-"""Integer intervals up to this many values get a categorical q; longer ones a binomial q."""
+"""Integer intervals up to this many values get a categorical q; in longer ones values are taken to be ordered."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Values:
 
     Attributes:
         kind: "real" (unconstrained coordinates), "finite" (low..low+count-1, enumerable), "binomial" (the
-            same range, too long to enumerate) or "count" (low, low+1, ...).
+            same range, ordered and long) or "count" (low, low+1, ...).
         low: the smallest integer value.
         count: number of values, 0 where it is infinite.
         concentration: of the q of a count, negative binomial; 0 for Poisson.
-        dispersed: whether the spread of q is free, for a count.
+        dispersed: whether the spread of q is free, for a count or a long range.
     """
 
     kind: Literal["real", "finite", "binomial", "count"]
@@ -62,6 +62,11 @@ class Values:
     count: int = 0
     concentration: float = 0.0
     dispersed: bool = False
+
+    @property
+    def ordered(self) -> bool:
+        """Whether q of a value is one of counts (Poisson or binomial, or these with a free spread), not a table."""
+        return self.kind in ("count", "binomial")
 
 
 class Plate(NamedTuple):
@@ -202,13 +207,22 @@ def make_site(
     support: Constraint,
     plates: tuple[tuple[str, int], ...] = (),
     local: tuple[Plate, int] | None = None,
+    ordered: bool = True,
 ) -> Site:
     """Build a site from the shape and support that the model sees.
+
+    Args:
+        name: the sample site.
+        shape: shape of its value.
+        support: its constraint.
+        plates: pairs (plate name, axis of `shape`).
+        local: the subsampled plate whose rows the site has, with the axis.
+        ordered: whether integers near each other mean something alike; not so for those of a Categorical.
 
     Raises:
         TargetError: the support has no bijection from the reals and no discrete q.
     """
-    values = classify(name, support)
+    values = classify(name, support, ordered)
     if values.kind != "real":
         return Site(name, shape, values, shape, support, plates, local)
     try:
@@ -218,7 +232,7 @@ def make_site(
     return Site(name, tuple(unconstrained), values, shape, support, plates, local)
 
 
-def classify(name: str, support: Constraint) -> Values:
+def classify(name: str, support: Constraint, ordered: bool = True) -> Values:
     """Read off what values a support has.
 
     Raises:
@@ -258,7 +272,7 @@ def classify(name: str, support: Constraint) -> Values:
                     "make one site per bound, for example Binomial sites grouped by total_count",
                 )
             )
-        return Values("finite" if count <= FINITE_LIMIT else "binomial", low, count)
+        return Values("binomial" if ordered and count > FINITE_LIMIT else "finite", low, count)
     raise TargetError(
         message(
             f"site {name!r}",

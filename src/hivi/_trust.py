@@ -11,6 +11,7 @@ from hivi._bounds import Elbo, ImportanceWeighted
 from hivi._errors import FitError, HiviError, message
 from hivi._families.base import Conditional
 from hivi._fit.result import Estimate, Fit, check_key
+from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._likelihoods.poisson import PoissonLikelihood
 from hivi._marginal import TRUSTED, KHat, marginal_khat
 from hivi._tree import Key
@@ -108,10 +109,11 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
         if clear(rise):
             faults.append(f"its ELBO misses at least {rise.mean:.2g} nats of log p(x)")
     if faults and fit.converged:
-        poisson = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, PoissonLikelihood)]
+        narrow = (PoissonLikelihood, BinomialLikelihood)
+        plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
         cure = "try dispersed=True (--family hierarchical-dispersed)"
-        counts = f"counts ({', '.join(poisson)}) may be narrower than any mixture of Poissons: {cure}"
-        remarks += [counts] if poisson else []
+        counts = f"counts ({', '.join(plain)}) may be narrower than any mixture of Poissons or binomials: {cure}"
+        remarks += [counts] if plain else []
         remarks.append("hivi.compare shows what other families reach")
     return found._replace(faults=tuple(faults), remarks=tuple(remarks))
 

@@ -55,8 +55,8 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
 
     Mean-field always; for continuous sites alone full-rank, a flow in standardised coordinates and a plain one (up to 400
     coordinates), and a mixture; with discrete sites a mixture and two hierarchies, over a flow and over a full-rank
-    Gaussian, and with counts one whose counts have a free spread. No mixtures over the rows of a subsampled plate. A
-    streamed target gets mean-field and the hierarchy.
+    Gaussian, and with counts or long integer ranges one where their spread is free. No mixtures over the rows of a subsampled
+    plate. A streamed target gets mean-field and the hierarchy.
 
     Example:
         >>> import hivi
@@ -71,7 +71,7 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
         names += ["hierarchical"]
     elif any(s.discrete for s in target.sites):
         names += ["mixture", "hierarchical", "hierarchical-full-rank"]
-        names += ["hierarchical-dispersed"] if any(s.values.kind == "count" for s in target.sites) else []
+        names += ["hierarchical-dispersed"] if any(s.values.ordered for s in target.sites) else []
     else:
         names += [*(["full-rank", "standardised", "flow"] if dense else []), "mixture", "hierarchical"]
     rows = any(s.local is not None for s in target.sites)

@@ -23,7 +23,7 @@ from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
 from hivi._estimators.sticking import StickTheLanding
 from hivi._factored import factorise
-from hivi._families.base import AbstractProposal
+from hivi._families.base import AbstractProposal, Conditional
 from hivi._families.product import ProductProposal, build_proposal
 from hivi._locality.colour import colours
 from hivi._space import Site
@@ -80,7 +80,7 @@ class Auto(AbstractEstimator):
             if s.name in closed
             else Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
             if s.name in proposal.upstream
-            else self._choose(s, s.name in conditionals, palette.get(s.name, 1))
+            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1))
             if s.discrete
             else _continuous(s, proposal, bound)
             for s in target.sites
@@ -89,9 +89,9 @@ class Auto(AbstractEstimator):
             for s in proposal.above
         ]
 
-    def _choose(self, site: Site, conditional: bool, count: int) -> Choice:
+    def _choose(self, site: Site, conditional: Conditional | None, count: int) -> Choice:
         plural = f"{count} colour{'s' * (count != 1)}"
-        if not conditional:
+        if conditional is None:
             raise FitError(
                 message(
                     f"site {site.name!r}",
@@ -100,11 +100,12 @@ class Auto(AbstractEstimator):
                     "use MeanField(), Mixture() or Hierarchical() for it",
                 )
             )
-        moves = site.values.count - 1 if site.values.kind == "finite" else 1
+        table = conditional.likelihood.table
+        moves = site.values.count - 1 if table else 1
         cost = moves * count
         if cost > self.budget:
             return Choice(site.name, Score(), 1, f"exact would cost {cost} evaluations ({plural}), over {self.budget}")
-        if site.values.kind == "finite":
+        if table:
             why = f"finite support of {site.values.count} values: every value summed, {plural}"
             return Choice(site.name, LocalExpectation(), cost, why)
         return Choice(site.name, Difference(), cost, f"{site.values.kind}: difference identity, {plural}")

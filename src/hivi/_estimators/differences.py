@@ -46,7 +46,7 @@ class LocalExpectation(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"
-        return None if site.values.kind == "finite" else f"its support is not finite ({site.values.kind})"
+        return None if conditional.likelihood.table else f"its q has no table of values ({site.values.kind})"
 
     def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
         if self.coupled and not linear:
@@ -91,8 +91,9 @@ class Difference(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"
-        kind = site.values.kind
-        return None if kind in ("count", "binomial") else f"it is not a count ({kind})"
+        if conditional.likelihood.table or not site.discrete:
+            return "its q is no distribution of counts"
+        return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         return _measure(site, conditional, evaluation)

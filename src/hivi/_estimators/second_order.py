@@ -215,7 +215,7 @@ def _segments(link: Link) -> list[tuple[int, int, np.ndarray]]:
     for s in link.sites:
         width = likelihood(s).width
         stop = start + size_of(s.shape) * width
-        zero = np.full((width, width), float(s.values.kind == "finite"))
+        zero = np.full((width, width), float(likelihood(s).table))
         if not s.discrete:
             zero[0, 0] = 1.0
         out.append((start, stop, zero))

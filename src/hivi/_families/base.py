@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from hivi._errors import FamilyError, message
 from hivi._families.checks import require_real as require_real
 from hivi._families.checks import with_counts as with_counts
+from hivi._families.checks import with_tables as with_tables
 from hivi._layout import Components as Components
 from hivi._layout import Coordinates as Coordinates
 from hivi._layout import Layout as Layout

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from hivi._errors import FamilyError, message
 from hivi._families.auxiliary import Link
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
-from hivi._families.hierarchical import start_parameters
+from hivi._families.hierarchical import start_parameters, with_spread
 from hivi._likelihood import likelihood
 from hivi._likelihoods.finite import FiniteLikelihood
 from hivi._space import Latents, Site, Values
@@ -57,6 +57,7 @@ class Codes(AbstractFamily):
         k1, k2 = jax.random.split(key)
         keys = jax.random.split(k2, len(sites))
         known = {} if self.start is None else start_parameters(self.start)
+        known = {s.name: with_spread(s, known[s.name]) for s in sites if s.name in known}
         lam = {s.name: known.get(s.name, likelihood(s).start(s.shape, k)) for s, k in zip(sites, keys, strict=True)}
         for s in sites:
             if lam[s.name].shape != (*s.shape, likelihood(s).width):

@@ -28,6 +28,8 @@ from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanFieldProposal
 from hivi._families.mixture import Mixture
 from hivi._likelihood import likelihood, natural_gradient
+from hivi._likelihoods.dispersed import SHEPPARD
+from hivi._likelihoods.marginals import BinomialMarginal
 from hivi._space import Latents, Site, Values
 from hivi._tree import Key, PyTree
 
@@ -61,8 +63,9 @@ class Hierarchical(AbstractFamily):
         shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
             location and scale of lambda; otherwise each row has all parameters for itself.
         concentration: of counts: q(z_i|lambda_i) is negative binomial with this concentration (1: Geometric); Poisson if None.
-        dispersed: of counts: q(z_i|lambda_i) also has a free spread, narrower (down to 1/256 of a Poisson's variance) or wider
-            (up to 4 times). A mixture of Poissons is never narrower than a Poisson.
+        dispersed: of counts and of long integer ranges (more than 64 values; their q is binomial): q(z_i|lambda_i) also has a
+            free spread, narrower (down to 1/256 of a Poisson's or binomial's variance) or wider (up to 4 times). A mixture of
+            Poissons is never narrower than a Poisson.
 
     Example:
         >>> import hivi
@@ -128,6 +131,8 @@ class Hierarchical(AbstractFamily):
             return None
         if link.dim > DENSE_LIMIT and self.auxiliary is None and type(self.prior) is FullRank:
             return None  # the auxiliary of so many parameters is factorised, and would cost more than the start gains
+        if any(s.name in found.vectors and _of_table(s, found.vectors[s.name]) for s in link.sites):
+            return None
         count, parts = found.spread.shape[-1], []
         for s in link.sites:
             shape = (count, *s.shape, likelihood(s).width)
@@ -163,7 +168,7 @@ class Hierarchical(AbstractFamily):
     def _from_start(self, link: Link) -> tuple[Array, Array]:
         """Location at the mean-field optimum; scale small against its Fisher information."""
         found = start_parameters(self.start)
-        found |= {s.name: with_spread(s, found[s.name]) for s in link.sites if s.name in found}
+        found = found | {s.name: with_spread(s, found[s.name]) for s in link.sites if s.name in found}
         lam, scale = {}, {}
         for s in link.sites:
             if s.name not in found or found[s.name].shape != (*s.shape, likelihood(s).width):
@@ -183,9 +188,30 @@ class Hierarchical(AbstractFamily):
 
 
 def with_spread(site: Site, lam: Array) -> Array:
-    """Parameters of Poissons, or directions in them, as those of counts with a free spread, where a site has one (0: Poisson)."""
-    poisson = site.values.dispersed and lam.shape[-1:] == (1,)
-    return jnp.concatenate([lam, jnp.zeros_like(lam)], -1) if poisson else lam
+    """Parameters of Poissons, or directions in them, as those of counts with a free spread, where a site has one (0: Poisson).
+
+    Those of a table over a long range become those of the same mean and, where the spread is free, variance.
+    """
+    if _of_table(site, lam):
+        return _from_table(site, lam)
+    plain = site.values.dispersed and lam.shape[-1:] == (1,)
+    return jnp.concatenate([lam, jnp.zeros_like(lam)], -1) if plain else lam
+
+
+def _of_table(site: Site, lam: Array) -> bool:
+    """Whether these are parameters of a table, and the site's likelihood has none."""
+    return site.values.kind == "binomial" and lam.shape[-1:] == (site.values.count,)
+
+
+def _from_table(site: Site, lam: Array) -> Array:
+    marginal, p = BinomialMarginal(site.values.low, site.values.count), jax.nn.softmax(lam, -1)
+    values = site.values.low + jnp.arange(site.values.count, dtype=p.dtype)
+    mean = p @ values
+    plain = marginal.plain(mean)
+    if not site.values.dispersed:
+        return plain[..., :1]
+    variance = jnp.sum(p * (values - mean[..., None]) ** 2, -1)
+    return marginal.spread(plain, jnp.maximum(variance - SHEPPARD, SHEPPARD))
 
 
 def start_parameters(start: Any) -> dict[str, Array]:

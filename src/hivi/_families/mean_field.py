@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of, with_counts
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of, with_counts, with_tables
 from hivi._likelihood import likelihood, natural_gradient
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
@@ -15,16 +15,17 @@ from hivi._tree import Key, PyTree
 
 
 class MeanField(AbstractFamily):
-    """Independent coordinates: Normal (in unconstrained space), Bernoulli/Categorical, Binomial or Poisson.
+    """Independent coordinates: Normal (in unconstrained space), Bernoulli, Categorical or Poisson.
 
     q(z) = prod_i q(z_i | lambda_i), the family of Black Box VI (Ranganath, Gerrish & Blei 2014), eq. 1 of the
-    HVM paper. It keeps no dependence between coordinates: the baseline that every other family is held against.
+    HVM paper. It keeps no dependence between coordinates: the baseline that every other family is held against. Integer ranges
+    have a probability for each value: to 1,024 values and 16,384 numbers a site; beyond that a binomial.
 
     Args:
         concentration: of counts: q(z_i) is negative binomial with this concentration (1: Geometric), wider than the Poisson that
             None gives.
-        dispersed: of counts: q(z_i) also has a free spread, narrower (down to 1/256 of a Poisson's variance) or wider (up to 4
-            times).
+        dispersed: of counts, and of ranges beyond tables: q(z_i) also has a free spread, narrower (down to 1/256 of a Poisson's
+            or binomial's variance) or wider (up to 4 times).
 
     Example:
         >>> import hivi
@@ -36,7 +37,7 @@ class MeanField(AbstractFamily):
     dispersed: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        sites = with_counts(sites, self.concentration, self.dispersed)
+        sites = with_counts(with_tables(sites), self.concentration, self.dispersed)
         keys = jax.random.split(key, max(len(sites), 1))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(sites, keys, strict=False)}
         return MeanFieldProposal(sites, lam)

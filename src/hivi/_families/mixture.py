@@ -9,7 +9,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from hivi._errors import FamilyError, message
-from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of
+from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of, with_tables
 from hivi._likelihood import likelihood
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
@@ -37,7 +37,7 @@ class Mixture(AbstractFamily):
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         if self.components < 1:
             raise FamilyError(message("Mixture(components=...)", str(self.components), "at least 1", "use 2 or more"))
-        lam = {}
+        sites, lam = with_tables(sites), {}
         for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
             kind, keys = likelihood(s), jax.random.split(k, self.components + 1)
             start = jnp.stack([kind.start(s.shape, c) for c in keys[1:]])

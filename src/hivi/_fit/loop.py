@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from hivi._errors import FitError, message
 from hivi._estimators.auto import Auto, label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
 from hivi._estimators.measured import Setting, settle
-from hivi._families.base import AbstractFamily, AbstractProposal
+from hivi._families.base import AbstractFamily, AbstractProposal, with_tables
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
@@ -36,6 +37,7 @@ from hivi._fit.result import Fit, check_key
 from hivi._fit.run import Run, finite_now, settled, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.streamed import fit_streamed, refuse_streamed
+from hivi._space import FINITE_LIMIT
 from hivi._target.base import Target, check_start, full_size
 from hivi._tree import Key
 
@@ -225,14 +227,25 @@ def default_family(target: Target) -> AbstractFamily:
     """What `fit` takes for `family=None`: by the supports of the target's sites.
 
     Discrete sites (with or without continuous ones): `Hierarchical()` over all, `Hierarchical(dispersed=True)` where some are
-    counts. Continuous sites only: up to 400 coordinates `Standardised()`, a flow that starts at the best Gaussian (`FullRank()`
-    where the target comes in minibatches); `MeanField()` beyond.
+    counts or integers in a long range; `MeanField()` where some are too many categories for a hierarchy (more than 64), and for
+    one variable alone with finitely many values, of which it is exact. Continuous sites only: up to 400 coordinates
+    `Standardised()`, a flow that starts at the best Gaussian (`FullRank()` where the target comes in minibatches);
+    `MeanField()` beyond.
     """
+    if any(s.values.kind == "finite" and s.values.count > FINITE_LIMIT for s in target.sites) or _one_table(target):
+        return MeanField()
     if any(s.discrete for s in target.sites):
-        return Hierarchical(dispersed=any(s.values.kind == "count" for s in target.sites))
+        return Hierarchical(dispersed=any(s.values.ordered for s in target.sites))
     if sum(int(np.prod(s.shape)) for s in target.sites) > DENSE_LIMIT:
         return MeanField()
     return Standardised() if full_size(target) else FullRank()
+
+
+def _one_table(target: Target) -> bool:
+    """Whether there is one variable alone, with so few values that mean-field has a probability for each."""
+    if len(target.sites) > 1 or math.prod(target.sites[0].shape) > 1:
+        return False
+    return with_tables(target.sites)[0].values.kind == "finite"
 
 
 def _label(family: Any) -> str:

@@ -23,6 +23,8 @@ class AbstractLikelihood(eqx.Module):
     reparameterised: eqx.AbstractClassVar[bool]
     averaged: ClassVar[bool] = True
     """Whether `mean` has a closed form."""
+    table: ClassVar[bool] = False
+    """Whether it has a probability for each of finitely many values; its moves go to all of them."""
 
     @property
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""Independent counts whose spread is free: narrower or wider than Poisson."""
+"""Independent counts and long ranges whose spread is free: narrower or wider than Poisson or binomial."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array
 
 from hivi._likelihoods.base import AbstractLikelihood
-from hivi._likelihoods.marginals import TINY, CountMarginal
+from hivi._likelihoods.marginals import TINY, AbstractSpreadMarginal
 from hivi._normal import log_interval
 from hivi._tree import Key, value_zero
 
@@ -20,14 +20,14 @@ SHEPPARD = 1 / 12
 
 
 class DispersedLikelihood(AbstractLikelihood):
-    """Independent counts, about low + Poisson(rate), widened or narrowed: the values whose thresholds enclose standard normals.
+    """About low + Poisson(rate) or low + Binomial(n, p), wider or narrower: the values whose thresholds enclose standard normals.
 
-    lambda_i = (log rate, free dispersion), the parameters of a `CountMarginal`. A Poisson's variance is its mean, and every
-    mixture of Poissons is wider, also given all other coordinates; here it is about mean / c^2, c in (1/2, 16), for rates up
-    to e^14. With S(z) = P(z' > z), `d E f = E[(dS(z) / q(z)) (f(z+1) - f(z))]`: the Poisson's difference identity in general.
+    lambda_i = (log rate or logit p, free dispersion), the parameters of the marginal. A Poisson's variance is its mean, and every
+    mixture of Poissons is wider, also given all other coordinates; here it is divided by about c^2, c in (1/2, 16), for rates
+    up to e^14. With S(z) = P(z' > z), `d E f = E[(dS(z) / q(z)) (f(z+1) - f(z))]`: the Poisson's difference identity in general.
     """
 
-    marginal: CountMarginal = eqx.field(static=True)
+    marginal: AbstractSpreadMarginal = eqx.field(static=True)
     reparameterised: ClassVar[bool] = False
     averaged: ClassVar[bool] = False
 
@@ -39,7 +39,7 @@ class DispersedLikelihood(AbstractLikelihood):
         return self.marginal.start(shape, key)
 
     def near(self, lam: Array, mean: Array) -> Array:
-        return lam.at[..., 0].add(jnp.log(jnp.maximum(mean - self.marginal.low, 1e-3)))
+        return lam.at[..., 0].add(self.marginal.natural(mean))
 
     def sample(self, lam: Array, key: Key) -> Array:
         return self.marginal.value(lam, jax.random.normal(key, lam.shape[:-1], lam.dtype))
@@ -51,10 +51,10 @@ class DispersedLikelihood(AbstractLikelihood):
         raise NotImplementedError("no closed form")
 
     def support(self) -> tuple[int, int]:
-        return self.marginal.low, 0
+        return self.marginal.low, self.marginal.count
 
     def moves(self, z: Array) -> Array:
-        return (z + 1)[None]
+        return self.marginal.above(z)[None]
 
     def move_weights(self, lam: Array, z: Array) -> Array:
         below, above = self.marginal.thresholds(lam, z)
@@ -65,15 +65,14 @@ class DispersedLikelihood(AbstractLikelihood):
         return jax.grad(lambda free: jnp.sum(self.log_prob(free, z)))(lam)
 
     def fisher(self, lam: Array) -> Array:
-        """That of a normal variable of this mean and variance, with Sheppard's correction where the rate is not small; diagonal.
+        """That of a normal variable of this mean and variance, with Sheppard's correction where it is not small; diagonal.
 
         Within a factor of three. It preconditions natural gradients and shapes the linearised auxiliary; neither needs it exact.
         """
-        rate, variance, slope = self.marginal.moments(lam)
-        wide = variance + SHEPPARD * rate / (rate + SHEPPARD)
-        diagonal = jnp.stack([rate**2 / wide, 2 * (slope * variance / wide) ** 2], -1)
+        plain, variance, slope = self.marginal.moments(lam)
+        wide = variance + SHEPPARD * plain / (plain + SHEPPARD)
+        diagonal = jnp.stack([plain**2 / wide, 2 * (slope * variance / wide) ** 2], -1)
         return diagonal[..., None] * jnp.eye(2)
 
     def features(self, z: Array) -> Array:
-        count = (z - self.marginal.low).astype(jnp.result_type(float))
-        return jnp.stack([jnp.ones_like(count), jnp.log1p(count), (count == 0) * 1.0, jnp.sqrt(count)], -1)
+        return self.marginal.features(z)

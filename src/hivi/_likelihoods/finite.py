@@ -21,6 +21,7 @@ class FiniteLikelihood(AbstractLikelihood):
     low: int = eqx.field(static=True)
     count: int = eqx.field(static=True)
     reparameterised: ClassVar[bool] = False
+    table: ClassVar[bool] = True
 
     def __init__(self, values: Values):
         self.low, self.count = values.low, values.count

@@ -8,7 +8,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import betainc, log_ndtr
+from jax.scipy.special import log_ndtr
 from jaxtyping import Array
 from numpyro.distributions import Normal
 
@@ -20,6 +20,8 @@ EDGE = 40.0
 TINY = 1e-30
 MAX_LOG_RATE = 14.0
 """Rates are used up to e^14: beyond that neighbouring thresholds differ by less than float32 can tell."""
+MAX_LOGIT = 14.0
+"""Of binomials, likewise."""
 WIDEST, NARROWEST = math.log(2.0), math.log(16.0)
 """Logarithms of the most that a normal score is divided and multiplied by."""
 
@@ -63,6 +65,10 @@ class AbstractMarginal(eqx.Module):
         most = self.ceiling(theta)
         ends = (jnp.full_like(most, self.low - 1), most)
         return jax.lax.while_loop(lambda e: jnp.any(e[1] - e[0] > 1), halve, ends)[1].astype(jnp.int32)
+
+    def above(self, z: Array) -> Array:
+        """The next value, the last one staying."""
+        return jnp.minimum(z + 1, self.low + self.count - 1) if self.count else z + 1
 
     def centre(self, theta: Array, z: Array) -> Array:
         """E[e | z], the mean of the latent normal between the value's thresholds."""
@@ -112,7 +118,51 @@ class FiniteMarginal(AbstractMarginal):
         return jnp.full(theta.shape[:-1], self.low + self.count - 1)
 
 
-class CountMarginal(AbstractMarginal):
+class AbstractSpreadMarginal(AbstractMarginal):
+    """A Poisson or a binomial, widened or narrowed: F(z) = Phi(c w(z)), w its normal score.
+
+    theta = (its natural parameter, free c).
+    """
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def start(self, shape: tuple[int, ...], key: Key) -> Array:
+        return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
+
+    @abc.abstractmethod
+    def natural(self, mean: Array) -> Array:
+        """The natural parameter of a mean."""
+
+    @abc.abstractmethod
+    def variance(self, theta: Array) -> Array:
+        """Of the Poisson or binomial at c = 1: also the derivative of its mean by the natural parameter."""
+
+    def plain(self, mean: Array) -> Array:
+        """Parameters of the Poisson or binomial of this mean."""
+        natural = self.natural(mean)
+        return jnp.stack([natural, jnp.zeros_like(natural)], -1)
+
+    def spread(self, theta: Array, variance: Array) -> Array:
+        """Parameters of the same mean with about this variance, as far as c reaches: `moments` the other way."""
+        log_c = 0.5 * (jnp.log(self.variance(theta)) - jnp.log(variance))
+        most = jnp.where(log_c > 0, NARROWEST, WIDEST)
+        free = most * jnp.arctanh(jnp.clip(log_c / most, -0.95, 0.95))
+        return theta.at[..., 1].set(free)
+
+    def moments(self, theta: Array) -> tuple[Array, Array, Array]:
+        """The variance at c = 1; about the variance; the derivative of log c."""
+        plain, free = self.variance(theta), theta[..., 1]
+        slope = 1 - jnp.tanh(free / jnp.where(free > 0, NARROWEST, WIDEST)) ** 2
+        return plain, plain / _stretch(free) ** 2, slope
+
+    @abc.abstractmethod
+    def features(self, z: Array) -> Array:
+        """Functions of z for a regression; the first is 1."""
+
+
+class CountMarginal(AbstractSpreadMarginal):
     """About low + Poisson(rate), widened or narrowed: F(z) = Phi(c w(z)), c in (1/2, 16); theta = (log rate, free c).
 
     w(z) = 3 sqrt(n) (1 - 1/(9n) - (rate/n)^(1/3)), n = z + 1, is Wilson & Hilferty's normal score of the Poisson: at c = 1,
@@ -125,18 +175,15 @@ class CountMarginal(AbstractMarginal):
     low: int
     count: int = 0
 
-    @property
-    def width(self) -> int:
-        return 2
+    def natural(self, mean: Array) -> Array:
+        return jnp.log(jnp.maximum(mean - self.low, 1e-3))
 
-    def start(self, shape: tuple[int, ...], key: Key) -> Array:
-        return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
+    def variance(self, theta: Array) -> Array:
+        return jnp.exp(self._log_rate(theta))
 
-    def moments(self, theta: Array) -> tuple[Array, Array, Array]:
-        """The rate, which is about the mean less low; about the variance; the derivative of log c."""
-        rate, free = jnp.exp(self._log_rate(theta)), theta[..., 1]
-        slope = 1 - jnp.tanh(free / jnp.where(free > 0, NARROWEST, WIDEST)) ** 2
-        return rate, rate / _stretch(free) ** 2, slope
+    def features(self, z: Array) -> Array:
+        count = (z - self.low).astype(jnp.result_type(float))
+        return jnp.stack([jnp.ones_like(count), jnp.log1p(count), (count == 0) * 1.0, jnp.sqrt(count)], -1)
 
     def _log_rate(self, theta: Array) -> Array:
         return _within(theta[..., 0], -MAX_LOG_RATE, MAX_LOG_RATE)
@@ -168,30 +215,52 @@ def _score(n: Array, log_rate: Array) -> Array:
     return -3 * jnp.sqrt(n) * jnp.expm1(jnp.where(small, log_rate - jnp.log(n), near) / 3) - 1 / (3 * jnp.sqrt(n))
 
 
-class BinomialMarginal(AbstractMarginal):
-    """low + Binomial(count - 1, sigmoid(theta_0)), widened or narrowed by c as `CountMarginal`."""
+class BinomialMarginal(AbstractSpreadMarginal):
+    """About low + Binomial(count - 1, sigmoid(theta_0)), widened or narrowed by c as `CountMarginal`, for up to 10^5 values.
+
+    w(z) = ((1 - b) g - (1 - a)) / sqrt(b g^2 + a), g^3 = (z + 1) (1 - p) / ((n - z) p), a = 1/(9 (n - z)), b = 1/(9 (z + 1)), is
+    Camp & Paulson's normal score: at c = 1, for n of 64 and more, F is a binomial's to 0.0005 where both counts to expect, of
+    successes and of failures, are 5 or more, and to 0.013 everywhere.
+
+    Source: Camp (1951), for Paulson's approximation of the F distribution function, of which the binomial's is one.
+    """
 
     low: int
     count: int
 
-    @property
-    def width(self) -> int:
-        return 2
+    def natural(self, mean: Array) -> Array:
+        share = jnp.clip((mean - self.low) / (self.count - 1), 1e-3, 1 - 1e-3)
+        return jnp.log(share) - jnp.log1p(-share)
 
-    def start(self, shape: tuple[int, ...], key: Key) -> Array:
-        return jnp.stack([0.01 * jax.random.normal(key, shape), jnp.zeros(shape)], -1)
+    def variance(self, theta: Array) -> Array:
+        return (self.count - 1) * jax.nn.sigmoid(theta[..., 0]) * jax.nn.sigmoid(-theta[..., 0])
+
+    def features(self, z: Array) -> Array:
+        share = (z - self.low + 0.5) / self.count
+        return jnp.stack([jnp.ones_like(share), jnp.log(share) - jnp.log1p(-share), share], -1)
 
     def thresholds(self, theta: Array, z: Array) -> tuple[Array, Array]:
-        n, count, stretch = float(self.count - 1), (z - self.low).astype(theta.dtype), _stretch(theta[..., 1])
-        lower, upper = (stretch * self._cut(theta[..., 0], count - k) for k in (1, 0))
-        return jnp.where(count == 0, -EDGE, lower), jnp.where(count == n, EDGE, upper)
+        most, count, stretch = float(self.count - 1), (z - self.low).astype(theta.dtype), _stretch(theta[..., 1])
+        # At c > 1 scores reach beyond the edge of c = 1: the ends are beyond them.
+        edge = EDGE * stretch * math.sqrt(most)
+        lower, upper = (stretch * self._score(count - k, theta[..., 0]) for k in (1, 0))
+        return jnp.where(count == 0, -edge, lower), jnp.where(count == most, edge, upper)
 
-    def _cut(self, logit: Array, count: Array) -> Array:
-        """Phi^-1 of F(count), from both tails, so that neither cancels; one formula, so that intervals meet."""
-        n = float(self.count - 1)
-        k = jnp.clip(count, 0.0, n - 1)
-        below, above = betainc(n - k, k + 1, jax.nn.sigmoid(-logit)), betainc(k + 1, n - k, jax.nn.sigmoid(logit))
-        return from_logit(jnp.log(jnp.maximum(below, TINY)) - jnp.log(jnp.maximum(above, TINY)))
+    def _score(self, count: Array, logit: Array) -> Array:
+        """Camp and Paulson's score. Towards the end that the mean is far from, it would turn (beyond -6): it stays there."""
+        most, odds = float(self.count - 1), jnp.exp(_within(logit, -MAX_LOGIT, MAX_LOGIT))
+        least, largest = ((t * odds * most - 1) / (1 + t * odds) for t in (1 / 27, 27.0))
+        hits = jnp.clip(count, 0.0, most - 1)
+        hits = jnp.where(odds < 1, jnp.maximum(hits, least), jnp.minimum(hits, largest))
+        misses = most - hits
+        # g - 1, without cancellation where g is near 1.
+        ratio = (hits + 1 - misses * odds) / (misses * odds)
+        small = ratio < -0.5
+        log_ratio = jnp.where(
+            small, jnp.log((hits + 1) / misses) - jnp.log(odds), jnp.log1p(jnp.where(small, 0.0, ratio))
+        )
+        rise, a, b = jnp.expm1(log_ratio / 3), 1 / (9 * misses), 1 / (9 * (hits + 1))
+        return (rise + a - b * (1 + rise)) * jax.lax.rsqrt(b * (1 + rise) ** 2 + a)
 
     def ceiling(self, theta: Array) -> Array:
         return jnp.full(theta.shape[:-1], self.low + self.count - 1)

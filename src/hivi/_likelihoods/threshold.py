@@ -55,8 +55,7 @@ class ThresholdLikelihood(AbstractLikelihood):
         return self.marginal.low, self.marginal.count
 
     def moves(self, z: Array) -> Array:
-        top = self.marginal.count
-        return (jnp.minimum(z + 1, self.marginal.low + top - 1) if top else z + 1)[None]
+        return self.marginal.above(z)[None]
 
     def move_weights(self, lam: Array, z: Array) -> Array:
         below, above = self._between(lam, z)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 from numpyro import primitives as numpyro_primitives
-from numpyro.distributions import biject_to, constraints
+from numpyro.distributions import CategoricalLogits, CategoricalProbs, biject_to, constraints
 from numpyro.distributions.distribution import Delta, ImproperUniform
 
 from hivi._errors import TargetError, message
@@ -54,6 +54,7 @@ class Latent(NamedTuple):
         plates: pairs (plate, axis), the same axis of both shapes.
         support: its constraint; may hold traced values.
         improper: whether its prior is `ImproperUniform`.
+        ordered: whether its integers are in an order, not names of categories.
     """
 
     shape: tuple[int, ...]
@@ -61,6 +62,7 @@ class Latent(NamedTuple):
     plates: tuple[tuple[str, int], ...]
     support: constraints.Constraint
     improper: bool
+    ordered: bool
 
 
 class _Draw(NamedTuple):
@@ -263,7 +265,8 @@ class Reader(numpyro_primitives.Messenger):
         axes = [(frame.name, len(lead) + draw.batch + frame.dim) for frame in msg["cond_indep_stack"]]
         free, shape = (*lead, *draw.free), (*lead, *draw.shape)
         improper = isinstance(base, ImproperUniform)
-        self.latents[name] = Latent(shape, free, tuple(axes), msg["fn"].support, improper)
+        ordered = not isinstance(base, CategoricalProbs | CategoricalLogits)
+        self.latents[name] = Latent(shape, free, tuple(axes), msg["fn"].support, improper, ordered)
         self.values[name] = jnp.reshape(msg["value"], shape)
         if mask is not True:
             full = jnp.broadcast_to(mask, jnp.shape(array))

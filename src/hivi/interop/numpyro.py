@@ -320,7 +320,7 @@ def _sites(found: _Found, plates: Sequence[Plate]) -> tuple[Site, ...]:
         leaves = jax.tree.leaves(support)
         # Arrays in a support may change between equal programs, so that only numbers make it static.
         if label in found.supports or all(not isinstance(x, jax.core.Tracer) and np.ndim(x) == 0 for x in leaves):
-            sites.append(make_site(label, latent.shape, support, latent.plates, local))
+            sites.append(make_site(label, latent.shape, support, latent.plates, local, latent.ordered))
         else:
             sites.append(Site(label, latent.free, Values("real"), latent.shape, None, latent.plates, local))
     return tuple(sites)

@@ -173,7 +173,8 @@ def _site(pm: Any, model: Any, rv: Any, shapes: tuple[tuple[int, ...], tuple[int
     dims = model.named_vars_to_dims.get(rv.name) or ()
     plates = tuple((d, k) for k, d in enumerate(dims) if d is not None and free[k : k + 1] == shape[k : k + 1])
     if np.issubdtype(np.dtype(rv.dtype), np.integer) or rv.dtype == "bool":
-        return make_site(rv.name, shape, _discrete(model, rv), plates)
+        ordered = not type(rv.owner.op).__name__.startswith("Categorical")
+        return make_site(rv.name, shape, _discrete(model, rv), plates, ordered=ordered)
     support = _support(model, rv)
     if support is None:
         return Site(rv.name, free, Values("real"), shape, None, plates)
