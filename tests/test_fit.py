@@ -300,6 +300,10 @@ def test_default_family_follows_the_supports() -> None:
     count = hivi.Latent((), constraints.nonnegative_integer)
     counts = hivi.from_log_joint(lambda z: -1.0 * z["z"], {"z": count})
     assert loop.default_family(counts) == hivi.Hierarchical(dispersed=True)
+    grown = hivi.fit(counts, key=KEY, steps=20, progress=False)
+    assert "grown from a mean-field fit of 20 steps" in grown.message
+    assert isinstance(grown.family, hivi.Hierarchical)
+    assert isinstance(grown.family.start.family, hivi.MeanField)
 
 
 def test_supports_that_depend_on_latents_survive_saving(tmp_path: Path) -> None:

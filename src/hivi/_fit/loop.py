@@ -42,6 +42,10 @@ from hivi._target.base import Target, check_start, full_size
 from hivi._tree import Key
 
 DENSE_LIMIT = 400
+FIRST_STEPS = 5_000
+"""The most steps of the mean-field fit from which a default family grows."""
+GROWN_SPREAD = 3.0
+"""Its `spread`: the best of 1, 3, 10 and 30 on counts of the discrete suite, and up to 2,000."""
 REFINING = 0.002
 """Learning rate of families that start at the best Gaussian."""
 
@@ -113,9 +117,11 @@ def fit(
             estimator=_resolve(estimator), learning_rate=0.01 if learning_rate is None else learning_rate, progress=progress,
         )  # fmt: skip
     make_room()
-    chosen_for_them = family is None and start is None
-    if family is None:
-        family = default_family(target) if start is None else start.family
+    why = ""
+    if family is None and start is not None:
+        family = start.family
+    elif family is None:
+        family, why = _usual_family(target, key, steps, samples, mesh, progress)
     bound, estimator = _bound(bound), _resolve(estimator)
     with hastily():
         k_build, k_check, k_run = jax.random.split(key, 3)
@@ -142,9 +148,7 @@ def fit(
     run = Run(target, plan, steps, tolerance, began, folder, identity, state)
     run.resume()
     outcome = run.go(progress, throw, _label(family))
-    return _finished(
-        run, family, outcome + (f"; family chosen by the supports: {_label(family)}" if chosen_for_them else "")
-    )
+    return _finished(run, family, outcome + why)
 
 
 def _finished(run: Run, family: Any, outcome: str) -> Fit:
@@ -226,11 +230,11 @@ def _identity(target: Target, family: Any, plan: Plan, key: Key, settings: list[
 def default_family(target: Target) -> AbstractFamily:
     """What `fit` takes for `family=None`: by the supports of the target's sites.
 
-    Discrete sites (with or without continuous ones): `Hierarchical()` over all, `Hierarchical(dispersed=True)` where some are
-    counts or integers in a long range; `MeanField()` where some are too many categories for a hierarchy (more than 64), and for
-    one variable alone with finitely many values, of which it is exact. Continuous sites only: up to 400 coordinates
-    `Standardised()`, a flow that starts at the best Gaussian (`FullRank()` where the target comes in minibatches);
-    `MeanField()` beyond.
+    Discrete sites (with or without continuous ones): `Hierarchical()` over all, `Hierarchical(dispersed=True)`, grown from a
+    mean-field fit, where some are counts or integers in a long range; `MeanField()` where some are too many categories for a
+    hierarchy (more than 64), and for one variable alone with finitely many values, of which it is exact. Continuous sites only:
+    up to 400 coordinates `Standardised()`, a flow that starts at the best Gaussian (`FullRank()` where the target comes in
+    minibatches); `MeanField()` beyond.
     """
     if any(s.values.kind == "finite" and s.values.count > FINITE_LIMIT for s in target.sites) or _one_table(target):
         return MeanField()
@@ -239,6 +243,27 @@ def default_family(target: Target) -> AbstractFamily:
     if sum(int(np.prod(s.shape)) for s in target.sites) > DENSE_LIMIT:
         return MeanField()
     return Standardised() if full_size(target) else FullRank()
+
+
+def _usual_family(
+    target: Target, key: Key, steps: int, samples: int, mesh: Mesh | None, progress: bool
+) -> tuple[AbstractFamily, str]:
+    """The default family, ready to fit, and how it was chosen.
+
+    Where counts and long ranges have a free spread, lambda starts where a mean-field fit ends: from the middle of the support, q
+    of a count near 1,000 is still far too wide when its bound levels off.
+    """
+    family = default_family(target)
+    why = f"; family chosen by the supports: {_label(family)}"
+    if not (isinstance(family, Hierarchical) and family.dispersed):
+        return family, why
+    announce("a mean-field fit, from which the hierarchy is to grow", progress)
+    first = fit(
+        target, MeanField(dispersed=True), key=jax.random.fold_in(key, 1), steps=min(steps, FIRST_STEPS), samples=samples,
+        progress=False, throw=False, mesh=mesh,
+    )  # fmt: skip
+    grown = dataclasses.replace(family, start=first, spread=GROWN_SPREAD)
+    return grown, f"{why}, grown from a mean-field fit of {len(first.history['step'])} steps"
 
 
 def _one_table(target: Target) -> bool:

@@ -140,7 +140,7 @@ def fit(
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
         with plain_lines():
             done = run_fit(
-                target, chosen, key=k1, steps=steps, samples=samples, estimator=strategies,
+                target, None if family is None else chosen, key=k1, steps=steps, samples=samples, estimator=strategies,
                 learning_rate=learning_rate, checkpoint=out if checkpoint else None,
             )  # fmt: skip
         rows = outputs.write_run(out, done, k3, draws)
