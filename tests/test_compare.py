@@ -236,7 +236,19 @@ def test_defaults_suit_the_supports() -> None:
     counts = hivi.from_log_joint(
         lambda z: Poisson(3.0).log_prob(z["z"]), {"z": hivi.Latent((), constraints.nonnegative_integer)}
     )
-    assert list(default_families(counts))[-1] == "hierarchical-dispersed"
+    names = [
+        "mean-field",
+        "mean-field-dispersed",
+        "mixture",
+        "hierarchical",
+        "hierarchical-full-rank",
+        "hierarchical-dispersed",
+    ]
+    assert list(default_families(counts)) == names
+    free = {n: f for n, f in default_families(counts).items() if "dispersed" in n}
+    grown = hivi.compare(counts, free, key=jax.random.key(0), steps=20, progress=False)
+    assert "grown from the mean-field fit of free spread" in grown["hierarchical-dispersed"].remarks
+    assert grown.fits["hierarchical-dispersed"].family.start is grown.fits["mean-field-dispersed"]
     assert list(default_families(gaussian())) == [
         "mean-field",
         "full-rank",

@@ -79,7 +79,7 @@ def test_fit_finds_the_full_covariance_where_the_rank_allows():
 @pytest.mark.parametrize("rank", [0, -1, True])
 def test_a_bad_rank_is_refused(rank):
     with pytest.raises(
-        hivi.FamilyError, match=r"LowRank\(rank=\.\.\.\): found .*; expected a positive integer. Cure: "
+        hivi.FamilyError, match=r"LowRank\(rank=\.\.\.\): found .*; expected an integer, at least 1. Cure: "
     ):
         hivi.LowRank(rank).build(TARGETS["normal"]().sites, KEY)
 

@@ -26,7 +26,7 @@ from flowjax.bijections import (
 from jaxtyping import Array, Float
 from paramax import Parameterize, unwrap
 
-from hivi._errors import FamilyError, message
+from hivi._errors import FamilyError, message, require_count
 from hivi._tree import Key
 
 Kind: TypeAlias = Literal["planar", "coupling", "maf", "spline"]
@@ -123,8 +123,7 @@ def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijecti
     if kind not in KINDS:
         cure = "FlowJAX has no radial layer; planar is closest" if kind == "radial" else "choose one of them"
         raise FamilyError(message("Flow(kind=...)", repr(kind), f"one of {', '.join(KINDS)}", cure))
-    if layers < 1:
-        raise FamilyError(message("Flow(layers=...)", str(layers), "at least 1", "use MeanField() for no flow"))
+    require_count("Flow(layers=...)", layers, "use MeanField() for no flow")
     if dim == 1 and kind in ("coupling", "maf"):
         raise FamilyError(
             message(f"Flow(kind={kind!r})", "a single coordinate", "two or more", "use kind='planar' or 'spline'")

@@ -35,6 +35,16 @@ def message(where: str, found: str, expected: str, cure: str) -> str:
     return f"{where}: found {found}; expected {expected}. Cure: {cure}"
 
 
+def require_count(where: str, value: object, cure: str, least: int = 1) -> None:
+    """Refuse what is no integer, or a smaller one.
+
+    Raises:
+        FamilyError: naming the argument.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise FamilyError(message(where, repr(value), f"an integer, at least {least}", cure))
+
+
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     """The cure for a name that is not known: the one that is spelt most like it, where there is one."""
     close = difflib.get_close_matches(name, list(known), 1)

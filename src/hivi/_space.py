@@ -174,6 +174,12 @@ class Site:
             )
         return self.support
 
+    def inside(self, values: Array) -> Array:
+        """Which draws of the model's own space, along a leading axis, lie in the support."""
+        good = [jnp.ones(len(values), bool) if self.support is None else self.support(values)]
+        good += [values == jnp.round(values)] if self.discrete else []
+        return jnp.all(jnp.stack([jnp.all(g.reshape(len(values), -1), -1) for g in good]), 0)
+
     def log_jacobian(self, value: Array) -> Array:
         """Log |d constrained / d unconstrained| of one value, summed; 0 for a discrete site."""
         if self.discrete:

@@ -15,9 +15,11 @@ from hivi._curvature import Curvature, curvature
 from hivi._errors import FamilyError, FitError, HiviError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
+from hivi._families.copula import Copula
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
+from hivi._families.low_rank import LowRank
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._families.standardised import Standardised
@@ -39,8 +41,12 @@ GROWING = (Hierarchical, Codes)
 
 NAMED: dict[str, AbstractFamily] = {
     "mean-field": MeanField(),
+    "mean-field-dispersed": MeanField(dispersed=True),
     "full-rank": FullRank(),
     "standardised": Standardised(),
+    "low-rank": LowRank(rank=4),
+    "copula": Copula(),
+    "vine": Copula("vine", levels=2),
     "flow": Flow(),
     "mixture": Mixture(components=4),
     "hierarchical": Hierarchical(),
@@ -55,8 +61,8 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
 
     Mean-field always; for continuous sites alone full-rank, a flow in standardised coordinates and a plain one (up to 400
     coordinates), and a mixture; with discrete sites a mixture and two hierarchies, over a flow and over a full-rank
-    Gaussian, and with counts or long integer ranges one where their spread is free. No mixtures over the rows of a subsampled
-    plate. A streamed target gets mean-field and the hierarchy.
+    Gaussian, and with counts or long integer ranges mean-field and a hierarchy where their spread is free. No mixtures over
+    the rows of a subsampled plate. A streamed target gets mean-field and the hierarchy.
 
     Example:
         >>> import hivi
@@ -70,8 +76,10 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
     if target.source is not None:
         names += ["hierarchical"]
     elif any(s.discrete for s in target.sites):
+        counts = any(s.values.ordered for s in target.sites)
+        names += ["mean-field-dispersed"] if counts else []
         names += ["mixture", "hierarchical", "hierarchical-full-rank"]
-        names += ["hierarchical-dispersed"] if any(s.values.ordered for s in target.sites) else []
+        names += ["hierarchical-dispersed"] if counts else []
     else:
         names += [*(["full-rank", "standardised", "flow"] if dense else []), "mixture", "hierarchical"]
     rows = any(s.local is not None for s in target.sites)
@@ -149,7 +157,9 @@ def compare(
             attempt = base
         else:
             announce(f"compare: {name} ({number} of {len(chosen)})", progress)
-            attempt = _grow(target, family, base if grow else None, curved, keys, settings)
+            free = next((f for f in fits.values() if _same(f.family, MeanField(dispersed=True))), None)
+            first = _Attempt(free) if free is not None and getattr(family, "dispersed", False) else base
+            attempt = _grow(target, family, first if grow else None, curved, keys, settings)
         row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
         if attempt.fit is not None:
             fits[name] = attempt.fit
@@ -259,7 +269,8 @@ def _start(family: Family, base: _Attempt | None, curved: Curvature | None) -> t
         type(getattr(family, "prior", None)) is FullRank and curved is not None
     ):  # without directions it sits on a saddle
         return curved, ("grown from the mean-field fit along its curvature",)
-    return base.fit, ("grown from the mean-field fit",)
+    of_free_spread = " of free spread" if _same(base.fit.family, MeanField(dispersed=True)) else ""
+    return base.fit, (f"grown from the mean-field fit{of_free_spread}",)
 
 
 def _started(family: Any, start: Any) -> AbstractFamily:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
-from hivi._errors import FamilyError, message
+from hivi._errors import FamilyError, message, require_count
 from hivi._families.auxiliary import Link
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
 from hivi._families.hierarchical import start_parameters, with_spread
@@ -48,9 +48,7 @@ class Codes(AbstractFamily):
     spread: float = SPREAD
 
     def __check_init__(self) -> None:
-        if not isinstance(self.bits, int) or self.bits < 1:
-            found, cure = repr(self.bits), "correct the number"
-            raise FamilyError(message("Codes(bits=...)", found, "a positive integer", cure))
+        require_count("Codes(bits=...)", self.bits, "correct the number")
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         link = Link(sites)

@@ -83,6 +83,18 @@ class Hierarchical(AbstractFamily):
     concentration: float | None = None
     dispersed: bool = False
 
+    def __check_init__(self) -> None:
+        wrong: list[tuple[bool, str, Any, str, str]] = [
+            (not isinstance(self.prior, AbstractFamily), "prior", self.prior, "a family", "for example hivi.Flow(layers=8)"),
+            (not isinstance(self.auxiliary, AbstractAuxiliary | None), "auxiliary", self.auxiliary, "an auxiliary, or None",
+             "for example hivi.InverseFlow(layers=8)"),
+            (not (isinstance(self.spread, int | float) and self.spread > 0), "spread", self.spread, "a positive number",
+             "1 is usual"),
+        ]  # fmt: skip
+        for bad, name, value, expected, cure in wrong:
+            if bad:
+                raise FamilyError(message(f"Hierarchical({name}=...)", repr(value), expected, cure))
+
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         sites = with_counts(sites, self.concentration, self.dispersed)
         link = Link(sites)

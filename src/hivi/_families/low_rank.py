@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._errors import FamilyError, message
+from hivi._errors import require_count
 from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
@@ -53,9 +53,7 @@ class LowRank(AbstractFamily):
     scale: float = 0.1
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            cure = "use MeanField() for no dependence, or FullRank() for all of it"
-            raise FamilyError(message("LowRank(rank=...)", repr(self.rank), "a positive integer", cure))
+        require_count("LowRank(rank=...)", self.rank, "use MeanField() for no dependence, or FullRank() for all of it")
         require_real("LowRank", sites)
         dim = Layout(sites).dim
         k1, k2 = jax.random.split(key)

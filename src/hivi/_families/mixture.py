@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from hivi._errors import FamilyError, message
+from hivi._errors import require_count
 from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of, with_tables
 from hivi._likelihood import likelihood
 from hivi._likelihoods.normal import NormalLikelihood
@@ -35,8 +35,7 @@ class Mixture(AbstractFamily):
     equal: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        if self.components < 1:
-            raise FamilyError(message("Mixture(components=...)", str(self.components), "at least 1", "use 2 or more"))
+        require_count("Mixture(components=...)", self.components, "use 2 or more")
         sites, lam = with_tables(sites), {}
         for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
             kind, keys = likelihood(s), jax.random.split(k, self.components + 1)

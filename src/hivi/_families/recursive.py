@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
 from hivi._bijections import backward, forward
-from hivi._errors import FamilyError, message
+from hivi._errors import require_count
 from hivi._families.auxiliary import (
     LAM,
     AbstractAuxiliary,
@@ -61,8 +61,7 @@ class Recursive(AbstractAuxiliary):
     kind: str = "planar"
 
     def __check_init__(self) -> None:
-        if not isinstance(self.dim, int) or self.dim < 1:
-            raise FamilyError(message("Recursive(dim=...)", repr(self.dim), "a positive integer", "correct the number"))
+        require_count("Recursive(dim=...)", self.dim, "correct the number")
 
     def build(self, link: Link, prior: AbstractProposal, key: Key) -> AbstractAuxiliaryState:
         k1, k2 = jax.random.split(key)

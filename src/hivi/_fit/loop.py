@@ -39,6 +39,7 @@ from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state,
 from hivi._fit.streamed import fit_streamed, refuse_streamed
 from hivi._space import FINITE_LIMIT
 from hivi._target.base import Target, check_start, full_size
+from hivi._target.indices import check_indices
 from hivi._tree import Key
 
 DENSE_LIMIT = 400
@@ -110,6 +111,8 @@ def fit(
     if samples is None:
         samples = 16 if target.source is None else 1
     _check_counts(steps, samples)
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise FitError(message("fit(learning_rate=...)", repr(learning_rate), "a positive number", "0.01 is usual"))
     if target.source is not None:
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
         return fit_streamed(
@@ -127,6 +130,7 @@ def fit(
         k_build, k_check, k_run = jax.random.split(key, 3)
     proposal, usual = _begin(target, family, k_build, k_check) if start is None else _continue(start, target, family)
     _refuse_conjugate(proposal)
+    check_indices(target)
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     rate = usual if learning_rate is None else learning_rate
     chosen = default_optimizer(rate) if optimizer is None else optimizer

@@ -159,7 +159,7 @@ class Fit:
             samples: draws of lambda per value.
 
         Returns:
-            log q(z) with respect to the model's own space, in nats, shape (*batch,).
+            log q(z) with respect to the model's own space, in nats, shape (*batch,); -inf outside the sites' supports.
 
         Raises:
             FitError: a site is missing, or shapes do not match.
@@ -168,7 +168,11 @@ class Fit:
         batch = _batch_shape(self.sites, z)
         flat = {s.name: jnp.reshape(jnp.asarray(z[s.name]), (-1, *s.constrained_shape)) for s in self.sites}
         values = _log_density(self.proposal, self.sites, flat, key, samples)
-        return values.reshape(batch)
+        # A sum that is 1 but for rounding is on the simplex: of real values, those alone are outside that have no density.
+        outside = jnp.zeros(values.shape, bool)
+        for s in self.sites:
+            outside |= ~s.inside(flat[s.name]) & (s.discrete | jnp.isnan(values))
+        return jnp.where(outside, -jnp.inf, values).reshape(batch)
 
     def rows(self, features: Any, *, target: Target | None = None) -> Fit:
         """The same fit at other rows, by its inference network: no further fitting.

@@ -24,7 +24,7 @@ from hivi._fit.progress import Bar
 from hivi._fit.step import CHUNK, Plan, State, run_chunk, step
 from hivi._fit.stopping import MAX_LOST, collapsed, levelled
 from hivi._space import Latents
-from hivi._target.base import Target, terms_of_draws
+from hivi._target.base import Target, bounded, terms_of_draws
 from hivi._tree import Key, PyTree, finite
 
 RECOVERIES = 6
@@ -194,7 +194,9 @@ class Run:
             bad |= {
                 f.name for f, a in zip(self.target.factored.factors, terms, strict=True) if not np.isfinite(a).all()
             }
-        return f"not finite at draws from q: factors {sorted(bad)}" if bad else "all factors are finite at draws from q"
+        if not bad:
+            return "all factors are finite at draws from q"
+        return f"not finite at draws from q: factors {sorted(bad)}{bounded(self.target)}"
 
     def _checkpoint(self, finished: bool) -> None:
         if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):

@@ -179,6 +179,13 @@ class Target(eqx.Module):
         return constrain(self.sites, z)
 
 
+def bounded(target: Target) -> str:
+    """The cure for impossible values of counts, to go on with; empty where there are none."""
+    names = ", ".join(repr(s.name) for s in target.sites if s.values.ordered)
+    text = f"; if data bound a count ({names}), as in y ~ Binomial(n, p) with n below y impossible, take n - y as the latent"
+    return f"{text} (docs/discrete.md)" if names else ""
+
+
 def full_size(target: Target) -> bool:
     """Whether every plate is seen whole."""
     return all(p.batch == p.size for p in target.plates)
@@ -250,7 +257,8 @@ def check_start(target: Target, draws: Mapping[str, Array]) -> None:
                     f"factor {factor.name!r}",
                     f"an infinite log-probability at every one of {values.shape[0]} starting draws (element {element})",
                     "a finite log-probability where q puts its mass",
-                    "check that observations lie in their distribution's support, and that no latent value is impossible",
+                    "check that observations lie in their distribution's support, and that no latent value is impossible"
+                    + bounded(target),
                 )
             )
 

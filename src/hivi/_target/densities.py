@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.distribution import (
     Delta,
@@ -43,6 +44,8 @@ def log_prob(fn: Any, value: Any, keep_mask: bool = True, fixed: bool = False) -
         fixed: whether the value is the distribution's own, as that of a Delta is.
     """
     base, mask, events = unwrap(fn)
+    if isinstance(value, np.ndarray):  # NumPy cannot compare it with bounds that are being traced
+        value = jnp.asarray(value)
     mask = mask if keep_mask else True
     shape = (*fn.batch_shape, *fn.event_shape[:events])
     if isinstance(base, Unit):
@@ -67,7 +70,7 @@ def outside_support(base: Any, mask: Any, value: Any) -> Any:
         return None
     try:
         support = base.support
-        good = support(value)
+        good = support(jnp.asarray(value))
         if not support.is_discrete:
             for end in ("lower_bound", "upper_bound"):
                 good = good | (value == getattr(support, end, jnp.nan))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro.distributions import biject_to
+from numpyro.distributions.constraints import Constraint
 from numpyro.distributions.transforms import IdentityTransform
 
 from hivi._errors import TargetError, message
@@ -64,6 +65,8 @@ def from_log_joint(
                 out[f"jacobian({s.name})"] = jacobian
         result = log_joint(values) if data is None else log_joint(values, data)
         named = dict(result) if isinstance(result, Mapping) else {"log_joint": result}
+        if missing := [name for name, value in named.items() if value is None]:
+            raise TargetError(message(f"log_joint, term {missing[0]!r}", "None", "a number", "return the log-density"))
         return out | {str(name): value for name, value in named.items()}
 
     example = {s.name: s.example() for s in sites}
@@ -93,6 +96,9 @@ def _site(name: str, latent: Latent) -> Site:
     if any(n < 1 for n in shape):
         found, cure = f"shape={latent.shape!r}", "for example shape=(3,)"
         raise TargetError(message(f"latent {name!r}", found, "a tuple of positive integers", cure))
+    if not isinstance(latent.support, Constraint):
+        cure = "for example numpyro.distributions.constraints.positive"
+        raise TargetError(message(f"latent {name!r}", f"support={latent.support!r}", "a NumPyro constraint", cure))
     return make_site(name, shape, latent.support, tuple(latent.plates.items()))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +11,6 @@ import typer
 from hivi._errors import TargetError
 from hivi._estimators.auto import Auto
 from hivi._families.base import AbstractFamily
-from hivi._families.copula import Copula
-from hivi._families.flow import Flow
-from hivi._families.full_rank import FullRank
-from hivi._families.hierarchical import Hierarchical
-from hivi._families.low_rank import LowRank
-from hivi._families.mean_field import MeanField
-from hivi._families.mixture import Mixture
-from hivi._families.standardised import Standardised
 from hivi._fit.loop import default_family
 from hivi._fit.loop import fit as run_fit
 from hivi._fit.progress import plain_lines
@@ -30,39 +21,12 @@ from hivi._trust import Trust, trust
 from hivi.cli import inputs, outputs
 from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
 from hivi.cli.strategies import Estimator, read_strategies
+from hivi.compare import NAMED
 from hivi.interop.numpyro import NOTHING_OBSERVED, from_numpyro
 
 SHOWN = 40
 """Latents in the printed summary; all are in summary.csv."""
 
-
-class Family(enum.StrEnum):
-    """Names of families on the command line."""
-
-    mean_field = "mean-field"
-    full_rank = "full-rank"
-    standardised = "standardised"
-    low_rank = "low-rank"
-    copula = "copula"
-    vine = "vine"
-    flow = "flow"
-    mixture = "mixture"
-    hierarchical = "hierarchical"
-    hierarchical_dispersed = "hierarchical-dispersed"
-
-
-FAMILIES: dict[Family, AbstractFamily] = {
-    Family.mean_field: MeanField(),
-    Family.full_rank: FullRank(),
-    Family.standardised: Standardised(),
-    Family.low_rank: LowRank(rank=4),
-    Family.copula: Copula(),
-    Family.vine: Copula("vine", levels=2),
-    Family.flow: Flow(),
-    Family.mixture: Mixture(components=4),
-    Family.hierarchical: Hierarchical(),
-    Family.hierarchical_dispersed: Hierarchical(dispersed=True),
-}
 
 Model = Annotated[str, typer.Argument(metavar="FILE.py:MODEL", help="A Python file, and the NumPyro model in it.")]
 DataFile = Annotated[
@@ -78,17 +42,17 @@ Subsample = Annotated[
 ]
 
 
-def _family(name: str) -> Family:
-    """The family of that name; Typer's own message for an enumeration begins with "Value error"."""
-    if name not in set(Family):
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(Family)}", param_hint="'--family'")
-    return Family(name)
+def _family(name: str) -> str:
+    """The name, if it is one; Typer's own message for a choice begins with "Value error"."""
+    if name not in NAMED:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(NAMED)}", param_hint="'--family'")
+    return name
 
 
 FamilyName = Annotated[
-    Family | None,
+    str | None,
     typer.Option(
-        "--family", parser=_family, metavar=f"[{'|'.join(Family)}]", autocompletion=lambda: list(Family),
+        "--family", parser=_family, metavar=f"[{'|'.join(NAMED)}]", autocompletion=lambda: list(NAMED),
         help="The variational family; by default hivi chooses.",
     ),
 ]  # fmt: skip
@@ -134,7 +98,7 @@ def fit(
         raise typer.BadParameter(f"{learning_rate:g} is not a positive number", param_hint="'--learning-rate'")
     with failures():
         target = read_target(model, data, subsample)
-        chosen = default_family(target) if family is None else FAMILIES[family]
+        chosen = default_family(target) if family is None else NAMED[family]
         for line in (*(n for n in target.notes if n == NOTHING_OBSERVED), _choice(chosen, family)):
             console(to_stderr=json).print(line, markup=False, soft_wrap=True)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
@@ -167,7 +131,7 @@ def explain(
     del seed
     with failures():
         target = read_target(model, data, subsample)
-        chosen = default_family(target) if family is None else FAMILIES[family]
+        chosen = default_family(target) if family is None else NAMED[family]
         sites, strategies = explain_target(target), Auto().explain(target, chosen)
         say = console(to_stderr=json)
         for text in (sites, "", _choice(chosen, family), "", "gradients", strategies):
@@ -199,7 +163,7 @@ def _plates(options: list[str]) -> dict[str, int]:
     return plates
 
 
-def _choice(chosen: AbstractFamily, family: Family | None) -> str:
+def _choice(chosen: AbstractFamily, family: str | None) -> str:
     return f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else "")
 
 
