@@ -262,7 +262,11 @@ def test_integers_stay_integers(folder: Path) -> None:
         (["fit", "MODEL:line", "--data", "DATA", "--subsample", "rows=5"], 2, "expected one of ['data']"),
         (["fit", "MODEL:line", "--data", "DATA", "--subsample", "data=500"], 2, "from 1 to 20"),
         (["fit", "MODEL:line", "--data", "MODEL"], 2, "none of .npz, .csv and .json"),
-        (["fit", "MODEL:line", "--family", "round"], 2, "'--family': 'round' is not one of mean-field, mean-field-dispersed"),
+        (
+            ["fit", "MODEL:line", "--family", "round"],
+            2,
+            "'--family': 'round' is not one of mean-field, mean-field-dispersed",
+        ),
         (["fit", "MODEL:line", "--steps", "0"], 2, "steps"),
         (["fit", "MODEL:lines"], 2, "['line', 'counts']"),
         (["fit", "MODEL:number"], 2, "'number' is a value, not a function"),

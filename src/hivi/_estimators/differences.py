@@ -46,7 +46,11 @@ class LocalExpectation(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"
-        return None if conditional.likelihood.table else f"its q has no table of values ({site.values.kind})"
+        return (
+            None
+            if conditional.likelihood.table
+            else f"its q is no table, its support not finite or too long ({site.values.kind})"
+        )
 
     def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
         if self.coupled and not linear:
@@ -92,7 +96,7 @@ class Difference(AbstractStrategy):
         if conditional is None:
             return "its coordinates are not independent given the family's context"
         if conditional.likelihood.table or not site.discrete:
-            return "its q is no distribution of counts"
+            return f"it is not a count ({site.values.kind})"
         return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:

@@ -46,7 +46,11 @@ class DisARM(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
             return "its coordinates are not independent given the family's context"
-        return None if conditional.likelihood.table else f"its q has no table of values ({site.values.kind})"
+        return (
+            None
+            if conditional.likelihood.table
+            else f"its q is no table, its support not finite or too long ({site.values.kind})"
+        )
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         assert evaluation.key is not None
