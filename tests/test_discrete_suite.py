@@ -274,7 +274,7 @@ def test_the_commands_run(monkeypatch, tmp_path):
         (noise, "ESTIMATORS", {n: noise.ESTIMATORS[n] for n in ("score, leave-one-out", "score, moving average", "difference")}),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    suite.run("bernoulli-2", "exact differences", 0, tmp_path / "suite.json")
+    suite.run("bernoulli-2", "exact differences", [0], tmp_path / "suite.json")
     assert [r["kl"] > 0 for r in suite.known(tmp_path / "suite.json").values()] == [True, True]
     noise.run("bernoulli-2", 0, tmp_path / "noise.json")
     rows = suite.known(tmp_path / "noise.json")
