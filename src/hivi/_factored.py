@@ -28,10 +28,10 @@ from hivi._locality.accumulators import unfold
 from hivi._locality.axes import scopes
 from hivi._locality.base import Factor, Loss, Maps
 from hivi._locality.colour import colours
-from hivi._locality.masks import push
 from hivi._locality.peel import peel
 from hivi._locality.place import place
 from hivi._locality.rolling import roll
+from hivi._locality.sums import PASSES, push
 from hivi._space import Latents
 from hivi._tree import PyTree, sum_all
 
@@ -288,7 +288,11 @@ def factorise(
     jaxpr, more = unfold(_jaxprs.inline(jaxpr))
     consts = [*more, *consts]
     parts = peel(jaxpr)
-    while pushed := push(jaxpr, parts, jaxpr.invars[len(consts) : len(consts) + len(sites)]):
+    for _ in range(PASSES):
+        latents = dict(zip(sites, jaxpr.invars[len(consts) :], strict=False))
+        pushed = push(jaxpr, parts, list(latents.values()), [latents[s] for s in sites if s in indexed])
+        if pushed is None:
+            break
         jaxpr, more = pushed
         consts, parts = [*more, *consts], peel(jaxpr)
     if rolled := roll(jaxpr, parts):

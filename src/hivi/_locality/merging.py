@@ -12,6 +12,7 @@ from hivi._locality.base import (
     ALL,
     CAP,
     LIMIT,
+    NOWHERE,
     Along,
     AxisMap,
     Const,
@@ -21,6 +22,7 @@ from hivi._locality.base import (
     Shape,
     Table,
     reindex,
+    table,
     used,
     values,
 )
@@ -52,7 +54,22 @@ def _apart(x: Entry, y: Entry) -> bool:
 
 
 def _mixed(x: Entry, y: Entry) -> bool:
-    return {type(x), type(y)} == {Const, Along}
+    """Whether their indices have to be looked at: equal at some elements, maybe, and different at others."""
+    return x != y and {type(x), type(y)} <= {Const, Along} and not _apart(x, y)
+
+
+def _without(m: AxisMap, other: AxisMap, extent: Shape) -> AxisMap | None:
+    """What a map reaches less what another one reaches at the same element; None where that is not to be told.
+
+    Such as the middle of `z * z[::-1]`, which reaches the same coordinate twice.
+    """
+    axes = sorted({axis for e in (*m, *other) for axis in used(e)})
+    if ALL in m or ALL in other or not m or math.prod(extent[axis] for axis in axes) > LIMIT:
+        return None
+    found = [(values(x, axes, extent), values(y, axes, extent)) for x, y in zip(m, other, strict=True)]
+    same = functools.reduce(np.logical_and, [x == y for x, y in found])
+    first = np.where(same, NOWHERE, found[0][0])
+    return (table(axes, first), *m[1:])
 
 
 def join(maps: Iterable[AxisMap]) -> AxisMap:
@@ -96,10 +113,15 @@ def merge(maps: set[AxisMap], extent: Shape, size: Shape) -> tuple[Maps, str]:
         if not all(_hits(e, extent, n) for e, n in zip(m, size, strict=True)):
             continue
         while clash := next((r for r in result if not _disjoint(r, m, extent)), None):
+            if (rest := _without(m, clash, extent)) is not None:
+                m = rest
+                continue
             result.remove(clash)
             joined = join((clash, m))
             reason = reason if joined in (clash, m) else "one coordinate is used at several places"
             m = joined
+        if not all(_hits(e, extent, n) for e, n in zip(m, size, strict=True)):
+            continue
         result.append(m)
         if len(result) > CAP:
             return frozenset({join(plain)}), f"more than {CAP} places"
