@@ -67,7 +67,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], int]] = {
     "reversed, with a middle": (lambda z, d, b: jnp.sum(jnp.exp(0.3 * z * z[::-1])), (5,), 2),
     "flipped": (lambda z, d, b: jnp.sum(1.0 * z * jnp.flip(z, 1)), (3, 4), 2),
     "transposed": (lambda z, d, b: jnp.sum(jnp.exp(0.2 * z * z.T)), (3, 3), 9),
-    "rolled flat": (lambda z, d, b: jnp.sum(1.0 * z * jnp.roll(z, 1)), GRID, 9),
 }
 
 

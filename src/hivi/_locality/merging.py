@@ -37,7 +37,8 @@ def _disjoint(a: AxisMap, b: AxisMap, extent: Shape) -> bool:
         return True
     if not any(isinstance(e, Table) for e in (*a, *b)) and not any(_mixed(x, y) for x, y in pairs):
         return False
-    pairs = [(x, y) for x, y in pairs if x != y and ALL not in (x, y)]
+    # Equal tables tell, too, where both reach nothing.
+    pairs = [(x, y) for x, y in pairs if (x != y or isinstance(x, Table)) and ALL not in (x, y)]
     axes = sorted({axis for pair in pairs for e in pair for axis in used(e)})
     if not pairs or math.prod(extent[axis] for axis in axes) > LIMIT:
         return False
@@ -64,12 +65,16 @@ def _without(m: AxisMap, other: AxisMap, extent: Shape) -> AxisMap | None:
     Such as the middle of `z * z[::-1]`, which reaches the same coordinate twice.
     """
     axes = sorted({axis for e in (*m, *other) for axis in used(e)})
-    if ALL in m or ALL in other or not m or math.prod(extent[axis] for axis in axes) > LIMIT:
+    apart = [k for k, (x, y) in enumerate(zip(m, other, strict=True)) if x != y]
+    # One fixed coordinate beside all others is mostly the first step of a loop, of which `_placed` knows more.
+    fixed = any({type(m[k]), type(other[k])} == {Const, Along} for k in apart)
+    if ALL in (*m, *other) or not apart or fixed or math.prod(extent[axis] for axis in axes) > LIMIT:
         return None
     found = [(values(x, axes, extent), values(y, axes, extent)) for x, y in zip(m, other, strict=True)]
-    same = functools.reduce(np.logical_and, [x == y for x, y in found])
-    first = np.where(same, NOWHERE, found[0][0])
-    return (table(axes, first), *m[1:])
+    same = functools.reduce(np.logical_and, [(x == y) & (x >= 0) for x, y in found])
+    where = apart[-1]
+    cut = table(axes, np.where(same, NOWHERE, found[where][0]))
+    return (*m[:where], cut, *m[where + 1 :]) if np.any(same) and cut != ALL else None
 
 
 def join(maps: Iterable[AxisMap]) -> AxisMap:
@@ -112,14 +117,15 @@ def merge(maps: set[AxisMap], extent: Shape, size: Shape) -> tuple[Maps, str]:
     for m in sorted(plain, key=_order):
         if not all(_hits(e, extent, n) for e, n in zip(m, size, strict=True)):
             continue
+        whole = m
         while clash := next((r for r in result if not _disjoint(r, m, extent)), None):
             if (rest := _without(m, clash, extent)) is not None:
                 m = rest
                 continue
             result.remove(clash)
-            joined = join((clash, m))
-            reason = reason if joined in (clash, m) else "one coordinate is used at several places"
-            m = joined
+            joined = join((clash, whole))
+            reason = reason if joined in (clash, whole) else "one coordinate is used at several places"
+            m = whole = joined
         if not all(_hits(e, extent, n) for e, n in zip(m, size, strict=True)):
             continue
         result.append(m)
@@ -163,4 +169,10 @@ def merge_reads(found: list[tuple[AxisMap, Place | None]], extent: Shape, size: 
     fixed = [all(e == column[0] for e in column) for column in zip(*raw, strict=True)]
     placed = merge({_placed(m, place, fixed, extent) if place else m for m, place in found}, extent, size)
     choices = [placed, plain] if looped else [plain, placed]  # a loop's array is written step by step
-    return min(choices, key=lambda choice: (max((m.count(ALL) for m in choice[0]), default=0), len(choice[0])))
+    return min(choices, key=lambda choice: _size(choice[0]))
+
+
+def _size(maps: Maps) -> tuple[int, int, int]:
+    """How much a set says at most: entries that may be anything, tables, maps."""
+    tables = sum(isinstance(e, Table) for m in maps for e in m)
+    return max((m.count(ALL) for m in maps), default=0), tables, len(maps)
