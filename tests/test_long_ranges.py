@@ -161,3 +161,18 @@ def test_what_auto_says_of_a_table():
     text = hivi.Auto().explain(of((2,), 100), hivi.MeanField())
     assert "every value summed" in text
     assert "difference identity" in hivi.Auto().explain(of((2,), 100), hivi.Hierarchical(dispersed=True))
+
+
+def test_an_inference_network_of_tables_serves_unseen_rows():
+    y = jnp.linspace(5.0, 95.0, 12)
+
+    def model(y):
+        with numpyro.plate("data", len(y)):
+            z = numpyro.sample("z", dist.DiscreteUniform(0, 100))
+            numpyro.sample("y", dist.Normal(1.0 * z, 5.0), obs=y)
+
+    family = hivi.Amortised(hivi.MeanField(), data=y[:, None] / 50, hidden=4)
+    fit = hivi.fit(hivi.from_numpyro(model, y), family, key=jax.random.key(0), steps=300, progress=False)
+    again = fit.rows(y[:, None] / 50)
+    here, there = (f.sample(jax.random.key(1), 500)["z"].mean(0) for f in (fit, again))
+    np.testing.assert_allclose(there, here, atol=1e-3)

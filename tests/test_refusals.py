@@ -73,6 +73,32 @@ def test_indices_inside_and_clipped_ones_are_taken() -> None:
         assert np.isfinite(hivi.fit(target, hivi.MeanField(), **SHORT).history["elbo"]).all()
 
 
+def guarded(y: Any, group: Any) -> None:
+    with numpyro.plate("groups", GROUPS):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+    after = jnp.stack([jnp.where(t < GROUPS - 1, a[jnp.array(t + 1)], 0.0) for t in range(GROUPS)])
+    numpyro.sample("y", dist.Normal(jnp.sum(after), 1), obs=1.0)
+
+
+def padded(y: Any, group: Any) -> None:
+    with numpyro.plate("groups", GROUPS):
+        a = numpyro.sample("a", dist.Normal(0, 1))
+    with numpyro.plate("data", len(y)), numpyro.handlers.mask(mask=group < GROUPS):
+        numpyro.sample("y", dist.Normal(a[group], 1), obs=y)
+
+
+@pytest.mark.parametrize("model", [guarded, padded])
+def test_what_is_read_outside_and_thrown_away_does_no_harm(model: Callable[..., None]) -> None:
+    target = hivi.from_numpyro(model, jnp.ones(4), jnp.array([0, 2, 1, 3]))
+    assert np.isfinite(hivi.fit(target, hivi.MeanField(), **SHORT).history["elbo"]).all()
+
+
+def test_booleans_have_a_density() -> None:
+    target = hivi.from_log_joint(lambda z: 0.0 * jnp.sum(z["b"]), {"b": hivi.Latent((2,), constraints.boolean)})
+    fit = hivi.fit(target, hivi.MeanField(), **SHORT)
+    assert float(fit.log_prob({"b": np.array([[True, False]])}, key=KEY)[0]) == pytest.approx(2 * np.log(0.5), abs=0.1)
+
+
 def test_indices_in_a_log_joint_are_looked_at_again_where_the_data_are_new() -> None:
     latents = {"a": hivi.Latent((GROUPS,))}
     log_joint = lambda z, d: -0.5 * jnp.sum(z["a"] ** 2) - jnp.sum((d["y"] - z["a"][d["group"]]) ** 2)  # noqa: E731

@@ -158,3 +158,44 @@ def test_signals_of_a_hand_written_mixture_are_local() -> None:
     target = hivi.from_log_joint(log_joint, latents)
     assert "1 colour" in hivi.Auto().explain(target, hivi.MeanField())
     assert jax.tree.leaves(target.data) == []
+
+
+def test_recursions_in_a_loop_stay_as_they_are() -> None:
+    """A weight goes inside of sums over discrete latents that are read once: else terms would double at every step."""
+
+    def fn(z: dict[str, Array], d: dict[str, Array]) -> Array:
+        before = last = jnp.zeros(())
+        total = jnp.zeros(())
+        for t in range(20):
+            before, last = last, 0.5 * last + 0.3 * before + z["z"][t]
+            total = total + d["y"][t] * last - jnp.exp(last)
+        return total
+
+    for support in (constraints.real, constraints.boolean):
+        target = hivi.from_log_joint(fn, {"z": hivi.Latent((20,), support)}, data={"y": jnp.ones(20)})
+        assert len(target.factored.program.jaxpr.eqns) < 400
+
+
+def test_large_integers_of_the_data_cancel_exactly() -> None:
+    seconds = jnp.arange(6) * 7 + 1_700_000_000
+    z = jnp.array([0, 1, 1, 0, 1, 0])
+    for fn in (
+        lambda z, d: 0.1 * jnp.sum(d["t"] - 1_700_000_000 - z["z"]),
+        lambda z, d: 0.1 * jnp.sum(d["t"] - z["z"] - 1_700_000_000),
+    ):
+        target = hivi.from_log_joint(fn, {"z": hivi.Latent(LINE, constraints.boolean)}, data={"t": seconds})
+        assert float(target.log_joint({"z": z})) == pytest.approx(0.1 * (105 - 3), rel=1e-5)
+
+
+def test_types_of_numbers_stay(x64: None) -> None:
+    def narrow(z: dict[str, Array]) -> Array:
+        return jnp.float32(0.5) * jnp.sum(z["z"][1:] == z["z"][:-1]).astype(jnp.float32)
+
+    def wide(z: dict[str, Array]) -> Array:
+        small = z["z"].astype(jnp.int8) * jnp.int8(20)
+        return jnp.dot(small, small, preferred_element_type=jnp.float32)
+
+    z = jnp.array([1, 1, 0, 1, 0, 0])
+    for fn, right in ((narrow, 1.0), (wide, 1200.0)):
+        target = hivi.from_log_joint(fn, {"z": hivi.Latent(LINE, constraints.boolean)})
+        assert float(target.log_joint({"z": z})) == right

@@ -177,7 +177,7 @@ class Site:
     def inside(self, values: Array) -> Array:
         """Which draws of the model's own space, along a leading axis, lie in the support."""
         good = [jnp.ones(len(values), bool) if self.support is None else self.support(values)]
-        good += [values == jnp.round(values)] if self.discrete else []
+        good += [values == jnp.round(values)] if self.discrete and jnp.issubdtype(values.dtype, jnp.floating) else []
         return jnp.all(jnp.stack([jnp.all(g.reshape(len(values), -1), -1) for g in good]), 0)
 
     def log_jacobian(self, value: Array) -> Array:

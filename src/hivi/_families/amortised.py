@@ -242,7 +242,7 @@ class AmortisedProposal(AbstractProposal):
         new, found = {s.name: s for s in sites}, jnp.asarray(features[self.plate])
         whole = Plate(self.plate, len(found), len(found))
         own = tuple(
-            dataclasses.replace(new[s.name], local=new[s.name].local or (whole, s.local[1]))
+            dataclasses.replace(new[s.name], local=new[s.name].local or (whole, s.local[1]), values=s.values)
             for s in self.sites
             if s.local is not None
         )

@@ -111,7 +111,7 @@ def fit(
     if samples is None:
         samples = 16 if target.source is None else 1
     _check_counts(steps, samples)
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+    if learning_rate is not None and not (isinstance(learning_rate, int | float) and 0 < learning_rate < float("inf")):
         raise FitError(message("fit(learning_rate=...)", repr(learning_rate), "a positive number", "0.01 is usual"))
     if target.source is not None:
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
@@ -267,7 +267,10 @@ def _usual_family(
         progress=False, throw=False, mesh=mesh,
     )  # fmt: skip
     grown = dataclasses.replace(family, start=first, spread=GROWN_SPREAD)
-    return grown, f"{why}, grown from a mean-field fit of {len(first.history['step'])} steps"
+    steps_taken = f"{len(first.history['step'])} steps"
+    return grown, f"{why}, grown from a mean-field fit of {steps_taken}" + (
+        "" if first.converged else f" ({first.message})"
+    )
 
 
 def _one_table(target: Target) -> bool:

@@ -136,7 +136,7 @@ def with_sites(proposal: AbstractProposal, sites: Mapping[str, Site]) -> Abstrac
     """The proposal with the sites' full shapes."""
 
     def one(p: Any) -> Any:
-        changed = {"sites": tuple(sites[s.name] for s in p.sites)}
+        changed = {"sites": tuple(dataclasses.replace(sites[s.name], values=s.values) for s in p.sites)}
         return dataclasses.replace(p, **changed)
 
     parts = getattr(proposal, "parts", None)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ _LINEAR = (*_SPLIT, "reduce_sum", "reshape", "squeeze", "expand_dims", "transpos
 """Primitives of integers that are those of their real values, overflow aside."""
 PASSES = 64
 """How often a program is rewritten at most: each time, a weight goes one step further inside."""
+_EXACT = 1 << 20
+"""Integers up to here are those of single precision, also after some additions."""
 
 
 class _Outside(NamedTuple):
@@ -52,6 +55,39 @@ class _Plan(NamedTuple):
     real: set[Any]
 
 
+class _Known(NamedTuple):
+    """What is known of a program's variables.
+
+    Attributes:
+        producer: the equations that make them.
+        touched: the latents on which they depend.
+        discrete: the latents that have signals of their own.
+        sums: those to which a sum over a discrete latent is added, and that are read once: weights go inside of these alone.
+    """
+
+    producer: Mapping[Any, jex.JaxprEqn]
+    touched: Mapping[Any, frozenset[Any]]
+    discrete: frozenset[Any]
+    sums: frozenset[Any]
+
+
+def _with_sums(jaxpr: jex.Jaxpr, touched: Mapping[Any, frozenset[Any]], discrete: frozenset[Any]) -> frozenset[Any]:
+    uses = Counter(v for v in jaxpr.outvars if not isinstance(v, jex.Literal))
+    for eqn in reversed(jaxpr.eqns):
+        if any(uses[v] for v in eqn.outvars):  # what an earlier pass left is read by nothing
+            uses.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    found: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        below = any(not isinstance(v, jex.Literal) and v in found for v in eqn.invars)
+        through = below and eqn.primitive.name in (*_SPLIT, "mul", "div", "convert_element_type")
+        adds = (
+            _sum(eqn) and math.prod(_shape(eqn.invars[0])) > 1 and touched.get(eqn.outvars[0], frozenset()) & discrete
+        )
+        if (through or adds) and uses[eqn.outvars[0]] == 1:
+            found.add(eqn.outvars[0])
+    return frozenset(found)
+
+
 def push(
     jaxpr: jex.Jaxpr, terms: Sequence[Term], latents: Sequence[Any], discrete: Sequence[Any] = ()
 ) -> tuple[jex.Jaxpr, list[Any]] | None:
@@ -74,9 +110,10 @@ def push(
         if of:
             touched |= dict.fromkeys(eqn.outvars, frozenset().union(*of))
     plan = _Plan({}, set(), set())
+    known = _Known(producer, touched, frozenset(discrete), _with_sums(jaxpr, touched, frozenset(discrete)))
     for t in terms:
         if not isinstance(t.var, jex.Literal) and t.var in producer:
-            _look(producer[t.var], producer, touched, frozenset(discrete), plan)
+            _look(producer[t.var], known, plan)
     if not any(plan):
         return None
     inputs: list[Any] = list(jaxpr.invars)
@@ -84,44 +121,33 @@ def push(
     return _jaxprs.inline(pushed), consts
 
 
-def _look(
-    eqn: jex.JaxprEqn,
-    producer: Mapping[Any, jex.JaxprEqn],
-    touched: Mapping[Any, frozenset[Any]],
-    discrete: frozenset[Any],
-    plan: _Plan,
-) -> None:
+def _look(eqn: jex.JaxprEqn, known: _Known, plan: _Plan) -> None:
     """Add to the plan what can be done with the equation of a term."""
-    if _counts(eqn, producer):
-        plan.real.update(_integers(eqn, producer))
+    if _counts(eqn, known):
+        plan.real.update(_integers(eqn, known))
     elif _vectors(eqn):
         plan.dots.add(eqn.outvars[0])
     else:
-        for k in _sums(eqn, producer, touched, discrete):
-            inner = _maker(eqn.invars[k], producer)
-            if inner is not None and _counts(inner, producer):
-                plan.real.update(_integers(inner, producer))
-            elif inner is not None and (below := _fits(eqn, k, inner, producer)) is not None:
+        for k in _sums(eqn, known):
+            inner = _maker(eqn.invars[k], known.producer)
+            if inner is not None and _counts(inner, known):
+                plan.real.update(_integers(inner, known))
+            elif inner is not None and (below := _fits(eqn, k, inner, known)) is not None:
                 plan.outside[eqn.outvars[0]] = _Outside(k, inner, below)
                 return
 
 
-def _sums(
-    eqn: jex.JaxprEqn,
-    producer: Mapping[Any, jex.JaxprEqn],
-    touched: Mapping[Any, frozenset[Any]],
-    discrete: frozenset[Any],
-) -> list[int]:
+def _sums(eqn: jex.JaxprEqn, known: _Known) -> list[int]:
     """The operands that may be sums, because the others are masks or weights."""
     name, operands = eqn.primitive.name, eqn.invars
     if name == "select_n" and len(operands) == 3 and operands[0].aval.dtype == bool:  # type: ignore[attr-defined]
-        return [k for k in (1, 2) if _zero(operands[3 - k], producer)]
+        return [k for k in (1, 2) if _zero(operands[3 - k], known.producer)]
     if name not in ("mul", "div"):
         return []
-    of = [frozenset() if isinstance(v, jex.Literal) else touched.get(v, frozenset()) for v in operands]
+    of = [frozenset() if isinstance(v, jex.Literal) else known.touched.get(v, frozenset()) for v in operands]
     places = (0, 1) if name == "mul" else (0,)
     # A latent weight is worth its place inside where the sum has a discrete latent that it does not have.
-    return [k for k in places if not of[1 - k] or (of[k] & discrete and not of[k] & of[1 - k])]
+    return [k for k in places if not of[1 - k] or (of[k] & known.discrete and not of[k] & of[1 - k])]
 
 
 def _maker(v: Any, producer: Mapping[Any, jex.JaxprEqn]) -> jex.JaxprEqn | None:
@@ -135,7 +161,7 @@ def _maker(v: Any, producer: Mapping[Any, jex.JaxprEqn]) -> jex.JaxprEqn | None:
     return None
 
 
-def _fits(eqn: jex.JaxprEqn, k: int, inner: jex.JaxprEqn, producer: Mapping[Any, jex.JaxprEqn]) -> int | None:
+def _fits(eqn: jex.JaxprEqn, k: int, inner: jex.JaxprEqn, known: _Known) -> int | None:
     """Which operand of the inner equation is a sum, if what stands around operand k can go inside of it."""
     shapes = [_shape(v) for v in eqn.invars]
     if any(s not in ((), shapes[k]) for s in shapes):
@@ -147,13 +173,9 @@ def _fits(eqn: jex.JaxprEqn, k: int, inner: jex.JaxprEqn, producer: Mapping[Any,
         return None
     if any(_shape(v) not in ((), shapes[k]) for v in inner.invars):
         return None
-    below = [_maker(v, producer) for v in inner.invars]
-    deeper = (*_SPLIT, "mul", "div")
-    found = [
-        b
-        for b, e in enumerate(below)
-        if e is not None and (_sum(e) or e.primitive.name in deeper or _counts(e, producer))
-    ]
+    if inner.outvars[0] not in known.sums:
+        return None
+    found = [b for b, v in enumerate(inner.invars) if not isinstance(v, jex.Literal) and v in known.sums]
     return next((b for b in found if name != "div" or b == 0), None)
 
 
@@ -183,20 +205,25 @@ def _signed(v: Any) -> bool:
     return bool(np.issubdtype(v.aval.dtype, np.signedinteger))
 
 
-def _counts(eqn: jex.JaxprEqn, producer: Mapping[Any, jex.JaxprEqn]) -> bool:
+def _counts(eqn: jex.JaxprEqn, known: _Known) -> bool:
     """Whether a sum of integers becomes a real number here."""
     if eqn.primitive.name != "convert_element_type" or not np.issubdtype(eqn.params["new_dtype"], np.floating):
         return False
     operand = eqn.invars[0]
-    return not isinstance(operand, jex.Literal) and _signed(operand) and bool(_passes(operand, producer))
+    return not isinstance(operand, jex.Literal) and _signed(operand) and bool(_passes(operand, known))
 
 
-def _passes(v: Any, producer: Mapping[Any, jex.JaxprEqn]) -> list[Any]:
-    """The operands of an integer whose real values make its own; empty where it is taken as it is."""
-    eqn = producer.get(v)
+def _passes(v: Any, known: _Known) -> list[Any]:
+    """The operands of an integer whose real values make its own; empty where it is taken as it is.
+
+    Integers of the data may be dates or keys, whose differences only single precision holds: they stay integers.
+    """
+    eqn = known.producer.get(v)
     if eqn is None or not _signed(v):
         return []
     name, operands = eqn.primitive.name, list(eqn.invars)
+    if not all(abs(x.val) <= _EXACT if isinstance(x, jex.Literal) else x in known.touched for x in operands):
+        return []
     if name == "mul":
         return operands if sum(isinstance(x, jex.Literal) for x in operands) == 1 else []
     if name == "convert_element_type":
@@ -205,15 +232,15 @@ def _passes(v: Any, producer: Mapping[Any, jex.JaxprEqn]) -> list[Any]:
     return operands if name in _LINEAR or _vectors(eqn) else []
 
 
-def _integers(eqn: jex.JaxprEqn, producer: Mapping[Any, jex.JaxprEqn]) -> set[Any]:
+def _integers(eqn: jex.JaxprEqn, known: _Known) -> set[Any]:
     """All integers below an equation whose real values are wanted."""
     found: set[Any] = {eqn.outvars[0]}
     stack = [eqn.invars[0]]
     while stack:
         v = stack.pop()
-        if not isinstance(v, jex.Literal) and v not in found and _passes(v, producer):
+        if not isinstance(v, jex.Literal) and v not in found and _passes(v, known):
             found.add(v)
-            stack.extend(_passes(v, producer))
+            stack.extend(_passes(v, known))
     return found
 
 
@@ -235,12 +262,14 @@ def _run(jaxpr: jex.Jaxpr, plan: _Plan, args: Sequence[Any]) -> list[Any]:
         if out in plan.outside:
             env[out] = _inside(eqn, plan.outside[out], operands, read)
         elif out in plan.dots:
-            product, axes = _summand(eqn, operands)
-            env[out] = jnp.sum(product, axes).astype(out.aval.dtype)
+            product, axes = _summand(eqn, operands, out.aval.dtype)
+            env[out] = jnp.sum(product, axes)
         elif out in plan.real:
             reals[out] = _of_reals(eqn, [real(v) for v in eqn.invars])
             # Real already, or still read as an integer elsewhere; what is not is dropped.
-            env[out] = reals[out] if not _signed(out) else _jaxprs.evaluate_equation(eqn, operands)[0]
+            env[out] = (
+                reals[out].astype(out.aval.dtype) if not _signed(out) else _jaxprs.evaluate_equation(eqn, operands)[0]
+            )
         else:
             env.update(zip(eqn.outvars, _jaxprs.evaluate_equation(eqn, operands), strict=True))
     return [jnp.asarray(read(v)) for v in jaxpr.outvars]
@@ -250,18 +279,18 @@ def _of_reals(eqn: jex.JaxprEqn, operands: list[Any]) -> jax.Array:
     if eqn.primitive.name == "convert_element_type":
         return operands[0]
     if _vectors(eqn):
-        product, axes = _summand(eqn, operands)
+        product, axes = _summand(eqn, operands, operands[0].dtype)
         return jnp.sum(product, axes)
     return eqn.primitive.bind(*operands, **eqn.params)
 
 
-def _summand(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> tuple[Any, tuple[int, ...]]:
-    """What a sum, or a product of vectors, adds up, and over which axes."""
+def _summand(eqn: jex.JaxprEqn, operands: Sequence[Any], dtype: Any) -> tuple[Any, tuple[int, ...]]:
+    """What a sum, or a product of vectors (in numbers of this type), adds up, and over which axes."""
     if eqn.primitive.name == "reduce_sum":
         return operands[0], tuple(eqn.params["axes"])
     (left, right), (shared_left, shared_right) = eqn.params["dimension_numbers"]
-    a = lax.transpose(jnp.asarray(operands[0]), (*shared_left, *left))
-    b = lax.transpose(jnp.asarray(operands[1]), (*shared_right, *right))
+    a = lax.transpose(jnp.asarray(operands[0], dtype), (*shared_left, *left))
+    b = lax.transpose(jnp.asarray(operands[1], dtype), (*shared_right, *right))
     return a * b, tuple(range(len(shared_left), len(shared_left) + len(left)))
 
 
@@ -282,6 +311,7 @@ def _inside(eqn: jex.JaxprEqn, how: _Outside, operands: list[Any], read: Any) ->
     if name in ("mul", "div"):  # one weight of two
         weight = below[1 - how.below] if name == "mul" else 1 / jnp.asarray(below[1])
         return below[how.below] * around(jnp.asarray(weight), list(operands))
-    summand, axes = _summand(how.inner, below)
+    inner: Any = how.inner.outvars[0]
+    summand, axes = _summand(how.inner, below, inner.aval.dtype)
     spread = [jnp.expand_dims(x, axes) if np.ndim(x) else jnp.asarray(x) for x in operands]
     return jnp.sum(around(summand, spread), axes)

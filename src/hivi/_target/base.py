@@ -181,7 +181,7 @@ class Target(eqx.Module):
 
 def bounded(target: Target) -> str:
     """The cure for impossible values of counts, to go on with; empty where there are none."""
-    names = ", ".join(repr(s.name) for s in target.sites if s.values.ordered)
+    names = ", ".join(repr(s.name) for s in target.sites if s.values.ordered or s.values.count > 2)
     text = f"; if data bound a count ({names}), as in y ~ Binomial(n, p) with n below y impossible, take n - y as the latent"
     return f"{text} (docs/discrete.md)" if names else ""
 
