@@ -96,7 +96,7 @@ def test_what_is_read_outside_and_thrown_away_does_no_harm(model: Callable[..., 
 def test_booleans_have_a_density() -> None:
     target = hivi.from_log_joint(lambda z: 0.0 * jnp.sum(z["b"]), {"b": hivi.Latent((2,), constraints.boolean)})
     fit = hivi.fit(target, hivi.MeanField(), **SHORT)
-    assert float(fit.log_prob({"b": np.array([[True, False]])}, key=KEY)[0]) == pytest.approx(2 * np.log(0.5), abs=0.1)
+    assert float(fit.log_prob({"b": jnp.array([[True, False]])}, key=KEY)[0]) == pytest.approx(2 * np.log(0.5), abs=0.1)
 
 
 def test_indices_in_a_log_joint_are_looked_at_again_where_the_data_are_new() -> None:

@@ -108,7 +108,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
         rise = difference(found.tighter, found.bound)
         if clear(rise):
             faults.append(f"its ELBO misses at least {rise.mean:.2g} nats of log p(x)")
-    if faults and fit.converged:
+    if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)
         plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
         cure = "try dispersed=True (--family hierarchical-dispersed)"

@@ -35,7 +35,7 @@ class Mixture(AbstractFamily):
     equal: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        require_count("Mixture(components=...)", self.components, "use 2 or more")
+        require_count("Mixture(components=...)", self.components, "1 is mean-field, 2 or more a mixture")
         sites, lam = with_tables(sites), {}
         for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
             kind, keys = likelihood(s), jax.random.split(k, self.components + 1)

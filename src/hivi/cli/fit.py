@@ -108,8 +108,8 @@ def fit(
                 learning_rate=learning_rate, checkpoint=out if checkpoint else None,
             )  # fmt: skip
         rows = outputs.write_run(out, done, k3, draws)
-        found = trust(done, key=k2)
-        _show(done, found, rows, out, json)
+        _show_posterior(rows, out, json)
+        _show(done, trust(done, key=k2), rows, out, json)
     if not done.converged:
         raise typer.Exit(NOT_CONVERGED)
 
@@ -167,13 +167,16 @@ def _choice(chosen: AbstractFamily, family: str | None) -> str:
     return f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else "")
 
 
-def _show(done: Fit, found: Trust, rows: list[outputs.Summary], out: Path, as_json: bool) -> None:
+def _show_posterior(rows: list[outputs.Summary], out: Path, as_json: bool) -> None:
     say = console(to_stderr=as_json)
     cells = [[r.name, *(f"{x:.4g}" for x in r[1:])] for r in rows[:SHOWN]]
     show_table(say, "posterior", ["latent", *outputs.FIELDS], cells)
     if len(rows) > SHOWN:
         say.print(f"... and {len(rows) - SHOWN} more in {out / 'summary.csv'}", markup=False)
-    steps = len(done.history["step"])
+
+
+def _show(done: Fit, found: Trust, rows: list[outputs.Summary], out: Path, as_json: bool) -> None:
+    say, steps = console(to_stderr=as_json), len(done.history["step"])
     say.print(f"bound {found.bound} nats after {steps} steps in {done.seconds:.1f} s: {done.message}", markup=False)
     figures = [] if found.tighter is None else [f"bound with 64 draws {found.tighter} nats"]
     figures += [] if found.khat is None else [str(found.khat)]
