@@ -155,9 +155,15 @@ WRONG = {
     "hivi.from_log_joint(lambda z: None, {'x': hivi.Latent()})": "log_joint.*found None; expected a number",
     "hivi.fit(target, key=key, learning_rate=-1.0)": r"fit\(learning_rate=.*found -1.0; expected a positive number",
 }
+RIGHT = (
+    "hivi.Mixture(np.int64(4)).build(sites, key)",
+    "hivi.Hierarchical(spread=np.float32(0.5))",
+    "hivi.fit(target, hivi.MeanField(), key=key, steps=10, progress=False, learning_rate=np.float32(0.01))",
+)
+"""NumPy's numbers, as a search over a grid gives them."""
 SCRIPT = """
 import json, sys
-import hivi, jax
+import hivi, jax, numpy as np
 key, square = jax.random.key(0), lambda z: -0.5 * z["x"] ** 2
 target = hivi.from_log_joint(square, {"x": hivi.Latent()})
 sites, found = target.sites, {}
@@ -175,8 +181,10 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
     run = [sys.executable, "-c", SCRIPT]
     environment = {**os.environ, "HIVI_TYPECHECK": "0"}
     done = subprocess.run(
-        run, input=json.dumps(list(WRONG)), capture_output=True, text=True, env=environment, check=True
+        run, input=json.dumps([*WRONG, *RIGHT]), capture_output=True, text=True, env=environment, check=True
     )
     found = json.loads(done.stdout)
+    for text in RIGHT:
+        assert text not in found, found[text]
     for text, pattern in WRONG.items():
         assert re.search(pattern, found.get(text, "no error")), f"{text}: {found.get(text)}"

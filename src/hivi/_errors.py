@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -41,7 +42,7 @@ def require_count(where: str, value: object, cure: str, least: int = 1) -> None:
     Raises:
         FamilyError: naming the argument.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise FamilyError(message(where, repr(value), f"an integer, at least {least}", cure))
 
 

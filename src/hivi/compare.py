@@ -157,9 +157,8 @@ def compare(
             attempt = base
         else:
             announce(f"compare: {name} ({number} of {len(chosen)})", progress)
-            free = next((f for f in fits.values() if _same(f.family, MeanField(dispersed=True))), None)
-            first = _Attempt(free) if free is not None and getattr(family, "dispersed", False) else base
-            attempt = _grow(target, family, first if grow else None, curved, keys, settings)
+            first = _first(family, fits, base) if grow else None
+            attempt = _grow(target, family, first, curved, keys, settings)
         row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
         if attempt.fit is not None:
             fits[name] = attempt.fit
@@ -259,6 +258,14 @@ def _verdict(found: Curvature) -> str:
     values = zip(found.eigenvalues, found.stderr, strict=True)
     top = ", ".join(f"{value:+.2g} ± {error:.1g}" for value, error in values)
     return f"{lines[-1]} Curvature of mean-field, top eigenvalues in nats: {top}. {found.warning}".strip()
+
+
+def _first(family: Family, fits: Mapping[str, Fit], base: _Attempt | None) -> _Attempt | None:
+    """The mean-field fit that suits a family: one whose spread is free for those that have it, where there is one."""
+    if isinstance(family, Hierarchical) and family.dispersed:
+        found = (f for f in fits.values() if _same(f.family, MeanField(dispersed=True)))
+        return next((_Attempt(f) for f in found), base)
+    return base
 
 
 def _start(family: Family, base: _Attempt | None, curved: Curvature | None) -> tuple[Any, tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import equinox as eqx
@@ -88,7 +89,7 @@ class Hierarchical(AbstractFamily):
             (not isinstance(self.prior, AbstractFamily), "prior", self.prior, "a family", "for example hivi.Flow(layers=8)"),
             (not isinstance(self.auxiliary, AbstractAuxiliary | None), "auxiliary", self.auxiliary, "an auxiliary, or None",
              "for example hivi.InverseFlow(layers=8)"),
-            (not (isinstance(self.spread, int | float) and self.spread > 0), "spread", self.spread, "a positive number",
+            (not (isinstance(self.spread, numbers.Real) and self.spread > 0), "spread", self.spread, "a positive number",
              "1 is usual"),
         ]  # fmt: skip
         for bad, name, value, expected, cure in wrong:

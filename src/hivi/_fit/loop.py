@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def fit(
         The fit.
 
     Raises:
-        TargetError: NaN or an infinite log-probability at the start.
+        TargetError: NaN or an infinite log-probability at the start, or an index outside a latent.
         FamilyError: the family does not suit the target.
         FitError: bound or gradient stayed non-finite after the step size was halved several times.
 
@@ -111,7 +112,7 @@ def fit(
     if samples is None:
         samples = 16 if target.source is None else 1
     _check_counts(steps, samples)
-    if learning_rate is not None and not (isinstance(learning_rate, int | float) and 0 < learning_rate < float("inf")):
+    if learning_rate is not None and not (isinstance(learning_rate, numbers.Real) and 0 < learning_rate < float("inf")):
         raise FitError(message("fit(learning_rate=...)", repr(learning_rate), "a positive number", "0.01 is usual"))
     if target.source is not None:
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)

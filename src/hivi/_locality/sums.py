@@ -216,7 +216,7 @@ def _counts(eqn: jex.JaxprEqn, known: _Known) -> bool:
 def _passes(v: Any, known: _Known) -> list[Any]:
     """The operands of an integer whose real values make its own; empty where it is taken as it is.
 
-    Integers of the data may be dates or keys, whose differences only single precision holds: they stay integers.
+    Integers of the data may be dates or keys: single precision holds their differences, but not them. They stay integers.
     """
     eqn = known.producer.get(v)
     if eqn is None or not _signed(v):
