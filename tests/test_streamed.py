@@ -409,3 +409,20 @@ def test_a_strategy_with_a_memory_is_refused(mean_field):
     chosen = {**chosen, "z1": hivi.Score(baseline=hivi.MovingAverage())}
     with pytest.raises(FitError, match=r"'z1' of a streamed target.*memory"):
         advance(stream, 1, strategies=chosen, schedule=Schedule(), rng=np.random.default_rng(0))
+
+
+def test_strategies_are_chosen_once_for_all_of_one_structure(mean_field, network, monkeypatch):
+    """To choose them takes as long as a pass over a small corpus."""
+    calls: list[int] = []
+    resolve = fitting.Auto.resolve
+    monkeypatch.setattr(fitting, "_chosen", {})
+    monkeypatch.setattr(fitting.Auto, "resolve", lambda *a: (calls.append(1), resolve(*a))[1])
+
+    def chosen(fit: fitting.TopicFit, plug_in: bool = False) -> dict[str, Any]:
+        return fitting.strategies(fit.stream.target, fit.stream.proposal(fit.stream.source.blocks()[0]), plug_in)
+
+    first, warm, other = chosen(mean_field), chosen(mean_field, True), chosen(network)
+    assert first == chosen(mean_field)
+    assert warm != first
+    assert len(calls) == 2
+    assert first.keys() == other.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -45,3 +46,9 @@ def finite(tree: PyTree) -> Array:
 def select(keep: Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the boolean scalar `keep` holds, else `old`, leaf by leaf; keys included."""
     return jax.tree.map(lambda a, b: jax.lax.select(keep, a, b) if eqx.is_array(a) else a, new, old)
+
+
+def structure(tree: PyTree) -> Hashable:
+    """All of a tree but the values of its arrays, whose shapes and types count; equal for trees that are traced alike."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)

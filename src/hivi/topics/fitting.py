@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -30,7 +31,7 @@ from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
 from hivi._likelihoods.poisson import MAX_LOG_RATE
 from hivi._target.base import Target
-from hivi._tree import Key, PyTree
+from hivi._tree import Key, PyTree, structure
 from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 from hivi.topics.passes import Watch
@@ -39,6 +40,9 @@ LOCAL_PASSES = 60
 REFINING_RATE, REFINING_DRAWS = 0.1, 4
 """Of documents that start at an inference network's answer: chosen on documents held out of training."""
 LOCAL_BATCH = 128
+MOST_CHOSEN = 64
+_chosen: dict[Hashable, dict[str, AbstractStrategy]] = {}
+"""Structure of a target and a proposal -> strategies: to choose takes as long as a pass over a small corpus."""
 
 
 def amortised(architecture: Architecture, family: AbstractFamily | None = None, hidden: int = 128) -> Amortised:
@@ -137,9 +141,14 @@ def proposal_for(target: Target, architecture: Architecture, family: AbstractFam
 
 
 def strategies(target: Target, proposal: AbstractProposal, plug_in: bool = False) -> dict[str, AbstractStrategy]:
-    """`Auto`'s choice; in the warm-up, closed forms are plugged in."""
-    chosen = Auto().resolve(target, conditioned(target, proposal), Elbo())
-    return {n: Expectation(plug_in=plug_in) if isinstance(s, Expectation) else s for n, s in chosen.items()}
+    """`Auto`'s choice, one for all of the same structure; in the warm-up, closed forms are plugged in."""
+    alike = structure((dataclasses.replace(target, source=None, starts={}), proposal))
+    if alike not in _chosen:
+        if len(_chosen) >= MOST_CHOSEN:
+            _chosen.clear()
+        _chosen[alike] = Auto().resolve(target, conditioned(target, proposal), Elbo())
+    found = _chosen[alike]
+    return {n: Expectation(plug_in=plug_in) if isinstance(s, Expectation) else s for n, s in found.items()}
 
 
 def train(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hivi._compile import in_one_kernel
 from hivi.topics.architecture import Observations
 
 DENSE = 32
@@ -56,7 +57,7 @@ def rates(
         words, document = chunk
         return None, weights[words] @ padded[document] + floor[words]
 
-    return jax.lax.scan(one, None, (batch.words, batch.document))[1]
+    return in_one_kernel(lambda *c: jax.lax.scan(one, None, c)[1])(batch.words, batch.document)
 
 
 def _forward(weights: Array, z: Array, floor: Array, batch: Batch) -> tuple[Array, tuple[Array, Array, Batch]]:
@@ -73,7 +74,8 @@ def _backward(saved: tuple[Array, Array, Batch], residual: Array) -> tuple[Array
         words, document, one = chunk
         return total.at[document].add(one @ weights[words]), None
 
-    to_z = jax.lax.scan(by_document, jnp.zeros_like(padded), (batch.words, batch.document, residual))[0]
+    start, chunks = jnp.zeros_like(padded), (batch.words, batch.document, residual)
+    to_z = in_one_kernel(lambda *c: jax.lax.scan(by_document, start, c)[0])(*chunks)
     if documents * weights.shape[0] <= DENSE * batch.words.size:
         dense = jnp.zeros((documents, weights.shape[0]), z.dtype).at[batch.document[:, None], batch.words].add(residual)
         return dense.T @ padded, to_z[:-1], None, None
@@ -82,7 +84,7 @@ def _backward(saved: tuple[Array, Array, Batch], residual: Array) -> tuple[Array
         words, document, one = chunk
         return total.at[words].add(one[:, None] * padded[document]), None
 
-    to_weights = jax.lax.scan(by_word, jnp.zeros_like(weights), (batch.words, batch.document, residual))[0]
+    to_weights = jax.lax.scan(by_word, jnp.zeros_like(weights), chunks)[0]
     return to_weights, to_z[:-1], None, None
 
 
@@ -126,8 +128,8 @@ def differences(
         change = counts @ (log_factor(kind, after) - log_factor(kind, rate)[:, None])
         return total.at[document].add(change), None
 
-    start = jnp.zeros_like(padded)
-    return jax.lax.scan(one, start, (batch.words, batch.counts, batch.document))[0][:-1]
+    start, chunks = jnp.zeros_like(padded), (batch.words, batch.counts, batch.document)
+    return in_one_kernel(lambda *c: jax.lax.scan(one, start, c)[0])(*chunks)[:-1]
 
 
 @functools.partial(jax.jit, static_argnames="kind")
