@@ -144,11 +144,11 @@ def of(shape: tuple[int, ...], last: int) -> hivi.Target:
     ("shape", "last", "table", "default"),
     [
         ((), 63, True, hivi.MeanField()),
-        ((2,), 63, True, hivi.Hierarchical()),
+        ((2,), 63, True, hivi.Mixture(8)),
         ((), 200, True, hivi.MeanField()),
-        ((2,), 200, True, hivi.Hierarchical(dispersed=True)),
-        ((), 1024, False, hivi.Hierarchical(dispersed=True)),
-        ((100,), 200, False, hivi.Hierarchical(dispersed=True)),
+        ((2,), 200, True, hivi.Mixture(8, dispersed=True)),
+        ((), 1024, False, hivi.Mixture(8, dispersed=True)),
+        ((100,), 200, False, hivi.Mixture(8, dispersed=True)),
     ],
 )
 def test_which_q_a_range_gets(shape: tuple[int, ...], last: int, table: bool, default: AbstractFamily):

@@ -153,6 +153,11 @@ WRONG = {
     "hivi.Flow(layers=0.5).build(sites, key)": r"Flow\(layers=.*found 0.5.*at least 1",
     'hivi.from_log_joint(square, {"x": hivi.Latent(support="boolean")})': "'x': found support='boolean'; expected a NumPyro",
     "hivi.from_log_joint(lambda z: None, {'x': hivi.Latent()})": "log_joint.*found None; expected a number",
+    'hivi.MeanField(dispersed="yes").build(sites, key)': r"dispersed=.*found 'yes'; expected True or False",
+    "hivi.Mixture(4, concentration=-1.0).build(sites, key)": r"concentration=.*found -1.0.*positive",
+    "quick.sample(key, 100.0)": r"Fit.sample\(samples=.*found 100.0; expected an integer, at least 1",
+    "quick.elbo(key, samples=1)": r"Fit.elbo\(samples=.*found 1; expected an integer, at least 2",
+    "quick.log_prob(quick.sample(key, 3), key=key, samples=0)": r"Fit.log_prob\(samples=.*at least 1",
     "hivi.fit(target, key=key, learning_rate=-1.0)": r"fit\(learning_rate=.*found -1.0; expected a positive number",
 }
 RIGHT = (
@@ -167,6 +172,7 @@ import hivi, jax, numpy as np
 key, square = jax.random.key(0), lambda z: -0.5 * z["x"] ** 2
 target = hivi.from_log_joint(square, {"x": hivi.Latent()})
 sites, found = target.sites, {}
+quick = hivi.fit(target, hivi.MeanField(), key=key, steps=10, progress=False)
 for text in json.load(sys.stdin):
     try:
         eval(text)

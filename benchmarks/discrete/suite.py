@@ -71,6 +71,7 @@ FAMILIES: dict[str, Maker] = {
     "HVM, full-rank": lambda fit, found: hivi.Hierarchical(hivi.FullRank(), hivi.Linearised(), start=fit, along=found),
     "HVM, mixture of 4": lambda fit, found: hivi.Hierarchical(prior=hivi.Mixture(4)),
     "mixture of 4": lambda fit, found: hivi.Mixture(4),
+    "mixture of 8 (default)": lambda fit, found: hivi.Mixture(8, dispersed=any(s.values.ordered for s in fit.sites)),
     "mean-field, dispersed": lambda fit, found: hivi.MeanField(dispersed=True),
     "HVM, dispersed": lambda fit, found: hivi.Hierarchical(dispersed=True),
     "HVM, mixture of 4, dispersed": lambda fit, found: hivi.Hierarchical(prior=hivi.Mixture(4), dispersed=True),
@@ -109,7 +110,8 @@ NOTES = (
     "first seed's includes compilation; one thread. HVM: `Hierarchical()` with its default prior `Flow(8)`, grown from the "
     "mean-field fit; "
     "full-rank: `FullRank()` with `Linearised()`, grown along `hivi.curvature`, where all sites are discrete; "
-    "afresh and the mixtures: without a start; dispersed: counts of free spread, without a start. Exact differences: "
+    "afresh and the mixtures: without a start; default: what `hivi.fit` takes without a family, but for one finite variable; "
+    "dispersed: counts of free spread, without a start. Exact differences: "
     "`LocalExpectation`, for counts `Difference`. What each "
     "problem is: `benchmarks/discrete/README.md`. "
 )

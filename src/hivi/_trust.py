@@ -111,7 +111,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)
         plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
-        cure = "try dispersed=True (--family hierarchical-dispersed)"
+        cure = "try dispersed=True (--family mixture-dispersed)"
         counts = f"counts ({', '.join(plain)}) may be narrower than any mixture of Poissons or binomials: {cure}"
         remarks += [counts] if plain else []
         remarks.append("hivi.compare shows what other families reach")

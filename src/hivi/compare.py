@@ -48,7 +48,8 @@ NAMED: dict[str, AbstractFamily] = {
     "copula": Copula(),
     "vine": Copula("vine", levels=2),
     "flow": Flow(),
-    "mixture": Mixture(components=4),
+    "mixture": Mixture(components=8),
+    "mixture-dispersed": Mixture(components=8, dispersed=True),
     "hierarchical": Hierarchical(),
     "hierarchical-full-rank": Hierarchical(prior=FullRank()),
     "hierarchical-dispersed": Hierarchical(dispersed=True),
@@ -61,7 +62,7 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
 
     Mean-field always; for continuous sites alone full-rank, a flow in standardised coordinates and a plain one (up to 400
     coordinates), and a mixture; with discrete sites a mixture and two hierarchies, over a flow and over a full-rank
-    Gaussian, and with counts or long integer ranges mean-field and a hierarchy where their spread is free. No mixtures over
+    Gaussian, and with counts or long integer ranges one of each where their spread is free. No mixtures over
     the rows of a subsampled plate. A streamed target gets mean-field and the hierarchy.
 
     Example:
@@ -78,12 +79,12 @@ def default_families(target: Target) -> dict[str, AbstractFamily]:
     elif any(s.discrete for s in target.sites):
         counts = any(s.values.ordered for s in target.sites)
         names += ["mean-field-dispersed"] if counts else []
-        names += ["mixture", "hierarchical", "hierarchical-full-rank"]
+        names += ["mixture", *(["mixture-dispersed"] if counts else []), "hierarchical", "hierarchical-full-rank"]
         names += ["hierarchical-dispersed"] if counts else []
     else:
         names += [*(["full-rank", "standardised", "flow"] if dense else []), "mixture", "hierarchical"]
     rows = any(s.local is not None for s in target.sites)
-    return {n: NAMED[n] for n in names if not (rows and n == "mixture")}
+    return {n: NAMED[n] for n in names if not (rows and isinstance(NAMED[n], Mixture))}
 
 
 def compare(

@@ -21,7 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hivi._errors import FamilyError, message
+from hivi._families.checks import RATE
+from hivi._families.checks import rate_for as rate_for
 from hivi._families.checks import require_real as require_real
+from hivi._families.checks import scattered as scattered
 from hivi._families.checks import with_counts as with_counts
 from hivi._families.checks import with_tables as with_tables
 from hivi._layout import Components as Components
@@ -99,7 +102,7 @@ class AbstractProposal(eqx.Module):
     @property
     def learning_rate(self) -> float:
         """Of the default optimiser, where the user names none."""
-        return 0.01
+        return RATE
 
     @property
     def lands(self) -> bool:

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import jax
+from jaxtyping import Array
 
 from hivi._errors import FamilyError, message
 from hivi._space import Site
+from hivi._tree import Key
 
 TABLE, NUMBERS = 1024, 2**14
 """The longest range whose values get a probability each, and the most numbers that such a site may take."""
+SCATTER = 1.0
+"""Standard deviation, in unconstrained coordinates."""
+RATE, DISCRETE_RATE = 0.01, 0.05
+"""Learning rates. Where sites are discrete, slow steps let the real sites settle before the discrete ones have taken sides: of
+six mean-field fits of 800 data of two clusters, six find the clusters at 0.05, three at 0.01."""
+
+
+def rate_for(sites: Sequence[Site]) -> float:
+    """The default optimiser's learning rate, for a family without flows."""
+    return DISCRETE_RATE if any(s.discrete for s in sites) else RATE
+
+
+def scattered(sites: Sequence[Site], lam: Mapping[str, Array], key: Key) -> dict[str, Array]:
+    """Parameters whose real sites start at random places where there are discrete sites beside them.
+
+    Means of clusters that start at one place stay there: what they would gain by parting is of fourth order in their distance.
+    """
+    if not any(s.discrete for s in sites):
+        return dict(lam)
+    real = [s.name for s in sites if not s.discrete]
+    keys = dict(zip(real, jax.random.split(jax.random.fold_in(key, len(sites)), max(len(real), 1)), strict=False))
+    moved = {n: lam[n].at[..., 0].add(SCATTER * jax.random.normal(k, lam[n].shape[:-1])) for n, k in keys.items()}
+    return {**lam, **moved}
 
 
 def with_tables(sites: tuple[Site, ...]) -> tuple[Site, ...]:
@@ -28,8 +55,10 @@ def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed:
     """The sites with negative-binomial q for counts, where a concentration is given, or counts and ranges of free spread.
 
     Raises:
-        FamilyError: a concentration that is not positive, or both.
+        FamilyError: a concentration that is not positive, or both; a `dispersed` that is no truth value.
     """
+    if not isinstance(dispersed, bool):
+        raise FamilyError(message("dispersed=...", repr(dispersed), "True or False", "correct it"))
     if dispersed and concentration is not None:
         cure = "dispersed=True also widens, up to four times a Poisson's variance; leave one out"
         raise FamilyError(message("dispersed=True", f"concentration={concentration!r} as well", "one of them", cure))

@@ -22,7 +22,7 @@ from hivi._families.auxiliary import (
     Linearised,
     Link,
 )
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, with_counts
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, scattered, with_counts
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.low_rank import LowRank
@@ -175,6 +175,7 @@ class Hierarchical(AbstractFamily):
     def _from_scratch(self, link: Link, key: Key) -> tuple[Array, Array]:
         keys = jax.random.split(key, len(link.sites))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(link.sites, keys, strict=True)}
+        lam = scattered(link.sites, lam, key)
         scale = {s.name: jnp.full_like(lam[s.name], SCRATCH[s.values.kind]) for s in link.sites}
         return link.join(lam), link.join(scale)
 

@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, size_of, with_counts, with_tables
+from hivi._families.base import (
+    AbstractFamily,
+    AbstractProposal,
+    Conditional,
+    rate_for,
+    scattered,
+    size_of,
+    with_counts,
+    with_tables,
+)
 from hivi._likelihood import likelihood, natural_gradient
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
@@ -40,7 +49,7 @@ class MeanField(AbstractFamily):
         sites = with_counts(with_tables(sites), self.concentration, self.dispersed)
         keys = jax.random.split(key, max(len(sites), 1))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(sites, keys, strict=False)}
-        return MeanFieldProposal(sites, lam)
+        return MeanFieldProposal(sites, scattered(sites, lam, key))
 
     def native_plates(self) -> bool:
         return True
@@ -59,6 +68,10 @@ class MeanFieldProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         return {f"q({s.name})": likelihood(s).log_prob(context[s.name], z[s.name]) for s in self.sites}
+
+    @property
+    def learning_rate(self) -> float:
+        return rate_for(self.sites)
 
     def landable(self, site: str) -> bool:
         return any(s.name == site and not s.discrete for s in self.sites)

@@ -9,11 +9,24 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
 from hivi._errors import require_count
-from hivi._families.base import AbstractFamily, AbstractProposal, Components, Conditional, size_of, with_tables
+from hivi._families.base import (
+    AbstractFamily,
+    AbstractProposal,
+    Components,
+    Conditional,
+    rate_for,
+    size_of,
+    with_counts,
+    with_tables,
+)
 from hivi._likelihood import likelihood
+from hivi._likelihoods.dispersed import DispersedLikelihood
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
 from hivi._tree import Key, PyTree, held
+
+APART = 0.1
+"""How far apart components start at discrete sites: from far apart, each takes a local optimum of its own, and all are poor."""
 
 
 class Mixture(AbstractFamily):
@@ -21,8 +34,10 @@ class Mixture(AbstractFamily):
 
     Args:
         components: number of components, at least 1; the cost of a step grows with it.
-        spread: how far apart the components start, in units of the parameters lambda.
+        spread: multiplies how far apart the components start.
         equal: hold all weights at 1/components, as rows of a subsampled plate need: they are then stratified row by row.
+        concentration: of counts: every q(z_i | lambda_ki) is negative binomial with this concentration; Poisson if None.
+        dispersed: of counts, and of ranges beyond tables (`MeanField`): every q(z_i | lambda_ki) has a free spread of its own.
 
     Example:
         >>> import hivi
@@ -33,16 +48,19 @@ class Mixture(AbstractFamily):
     components: int = 2
     spread: float = 1.0
     equal: bool = False
+    concentration: float | None = None
+    dispersed: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         require_count("Mixture(components=...)", self.components, "1 is mean-field, 2 or more a mixture")
-        sites, lam = with_tables(sites), {}
+        sites, lam = with_counts(with_tables(sites), self.concentration, self.dispersed), {}
         for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
             kind, keys = likelihood(s), jax.random.split(k, self.components + 1)
             start = jnp.stack([kind.start(s.shape, c) for c in keys[1:]])
-            # Only locations are spread: the log scale of a Normal stays where it is.
-            free = 1 if isinstance(kind, NormalLikelihood) else kind.width
-            noise = self.spread * jax.random.normal(keys[0], (*start.shape[:-1], free))
+            # Only locations are spread: the log scale of a Normal, or a free dispersion, stays where it is.
+            free = 1 if isinstance(kind, NormalLikelihood | DispersedLikelihood) else kind.width
+            apart = self.spread * (APART if s.discrete else 1.0)
+            noise = apart * jax.random.normal(keys[0], (*start.shape[:-1], free))
             lam[s.name] = start.at[..., :free].add(noise)
         return MixtureProposal(sites, lam, jnp.zeros(self.components), self.equal)
 
@@ -62,6 +80,10 @@ class MixtureProposal(AbstractProposal):
     @property
     def equal_branches(self) -> bool:
         return self.equal
+
+    @property
+    def learning_rate(self) -> float:
+        return rate_for(self.sites)
 
     def log_weights(self) -> Float[Array, " branches"]:
         return jnp.full(self.branches, -jnp.log(self.branches)) if self.equal else jax.nn.log_softmax(self.logits)

@@ -28,6 +28,7 @@ from hivi._families.base import AbstractFamily, AbstractProposal, with_tables
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
+from hivi._families.mixture import Mixture
 from hivi._families.product import build_proposal
 from hivi._families.standardised import Standardised
 from hivi._fit import store
@@ -38,16 +39,11 @@ from hivi._fit.result import Fit, check_key
 from hivi._fit.run import Run, finite_now, settled, starting_draws
 from hivi._fit.step import CHUNK, Plan, State, default_optimizer, initial_state, run_chunk
 from hivi._fit.streamed import fit_streamed, refuse_streamed
-from hivi._space import FINITE_LIMIT
 from hivi._target.base import Target, check_start, full_size
 from hivi._target.indices import check_indices
 from hivi._tree import Key
 
-DENSE_LIMIT = 400
-FIRST_STEPS = 5_000
-"""The most steps of the mean-field fit from which a default family grows."""
-GROWN_SPREAD = 3.0
-"""Its `spread`: the best of 1, 3, 10 and 30 on counts of the discrete suite, and up to 2,000."""
+DENSE_LIMIT, MIXTURE_LIMIT = 400, 1_000
 REFINING = 0.002
 """Learning rate of families that start at the best Gaussian."""
 
@@ -83,7 +79,8 @@ def fit(
         estimator: `Auto()` if None; or one strategy, or a dict from site to strategy.
         optimizer: any Optax optimiser (it minimises the negative bound); None takes Adam with warm-up, and with a cosine
             decay that starts when the bound has levelled off.
-        learning_rate: of the default optimiser; None takes 0.01, or 0.002 where the family starts at the best Gaussian.
+        learning_rate: of the default optimiser; None takes 0.01; 0.05 for mean-field and mixtures of discrete sites,
+            and 0.002 where the family starts at the best Gaussian.
         tolerance: stop when the smoothed bound rises by less than this many of its standard errors, from 2,000 steps on; None
             runs every step.
         progress: show a progress bar on a terminal.
@@ -125,7 +122,8 @@ def fit(
     if family is None and start is not None:
         family = start.family
     elif family is None:
-        family, why = _usual_family(target, key, steps, samples, mesh, progress)
+        family = default_family(target)
+        why = f"; family chosen by the supports: {_label(family)}"
     bound, estimator = _bound(bound), _resolve(estimator)
     with hastily():
         k_build, k_check, k_run = jax.random.split(key, 3)
@@ -235,43 +233,25 @@ def _identity(target: Target, family: Any, plan: Plan, key: Key, settings: list[
 def default_family(target: Target) -> AbstractFamily:
     """What `fit` takes for `family=None`: by the supports of the target's sites.
 
-    Discrete sites (with or without continuous ones): `Hierarchical()` over all, `Hierarchical(dispersed=True)`, grown from a
-    mean-field fit, where some are counts or integers in a long range; `MeanField()` where some are too many categories for a
-    hierarchy (more than 64), and for one variable alone with finitely many values, of which it is exact. Continuous sites only:
-    up to 400 coordinates `Standardised()`, a flow that starts at the best Gaussian (`FullRank()` where the target comes in
-    minibatches); `MeanField()` beyond.
+    Discrete sites (with or without continuous ones): up to 1,000 coordinates `Mixture(8)` over all, counts and very long ranges
+    of free spread, and `MeanField()` beyond; `Mixture(4, equal=True)`, row by row, where a plate comes in minibatches;
+    `Hierarchical()` where rows are streamed; and `MeanField()` for one variable alone with finitely many values, of which it is
+    exact. Continuous sites only: up to 400 coordinates `Standardised()`, a flow that starts at the best Gaussian (`FullRank()`
+    where the target comes in minibatches); `MeanField()` beyond.
     """
-    if any(s.values.kind == "finite" and s.values.count > FINITE_LIMIT for s in target.sites) or _one_table(target):
+    if _one_table(target):
         return MeanField()
+    size = sum(int(np.prod(s.shape)) for s in target.sites)
     if any(s.discrete for s in target.sites):
-        return Hierarchical(dispersed=any(s.values.ordered for s in target.sites))
-    if sum(int(np.prod(s.shape)) for s in target.sites) > DENSE_LIMIT:
+        free = any(s.values.ordered for s in target.sites)
+        if target.source is not None:
+            return Hierarchical(dispersed=free)
+        if not full_size(target):
+            return Mixture(4, equal=True, dispersed=free)
+        return Mixture(8, dispersed=free) if size <= MIXTURE_LIMIT else MeanField(dispersed=free)
+    if size > DENSE_LIMIT:
         return MeanField()
     return Standardised() if full_size(target) else FullRank()
-
-
-def _usual_family(
-    target: Target, key: Key, steps: int, samples: int, mesh: Mesh | None, progress: bool
-) -> tuple[AbstractFamily, str]:
-    """The default family, ready to fit, and how it was chosen.
-
-    Where counts and long ranges have a free spread, lambda starts where a mean-field fit ends: from the middle of the support, q
-    of a count near 1,000 is still far too wide when its bound levels off.
-    """
-    family = default_family(target)
-    why = f"; family chosen by the supports: {_label(family)}"
-    if not (isinstance(family, Hierarchical) and family.dispersed):
-        return family, why
-    announce("a mean-field fit, from which the hierarchy is to grow", progress)
-    first = fit(
-        target, MeanField(dispersed=True), key=jax.random.fold_in(key, 1), steps=min(steps, FIRST_STEPS), samples=samples,
-        progress=False, throw=False, mesh=mesh,
-    )  # fmt: skip
-    grown = dataclasses.replace(family, start=first, spread=GROWN_SPREAD)
-    steps_taken = f"{len(first.history['step'])} steps"
-    return grown, f"{why}, grown from a mean-field fit of {steps_taken}" + (
-        "" if first.converged else f" ({first.message})"
-    )
 
 
 def _one_table(target: Target) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,8 +116,7 @@ class Fit:
             )
         source = self.target.source
         samples = samples if samples is not None else (4096 if source is None else 8)
-        if samples < 2:
-            raise FitError(message("Fit.elbo(samples=...)", str(samples), "at least 2", "ask for more samples"))
+        _check_draws("Fit.elbo(samples=...)", samples, 2)
         if source is None:
             arguments = self.proposal, self.target, bound or self.bound, key
             effort = effort_of(log_weights, *arguments, steps=samples)
@@ -137,11 +137,10 @@ class Fit:
             Site -> array of shape (samples, *site shape).
 
         Raises:
-            FitError: a number of draws below one.
+            FitError: no number of draws, or one below 1.
         """
         check_key("Fit.sample", key)
-        if samples < 1:
-            raise FitError(message("Fit.sample(samples=...)", str(samples), "at least 1", "ask for one draw or more"))
+        _check_draws("Fit.sample(samples=...)", samples, 1)
         draws = _draws.at(effort_for(float(PER_PARAMETER * _size(self.proposal)), samples))(self.proposal, key, samples)
         if self.target is not None:
             return _constrain_target(self.target, draws)
@@ -165,6 +164,7 @@ class Fit:
             FitError: a site is missing, or shapes do not match.
         """
         check_key("Fit.log_prob", key)
+        _check_draws("Fit.log_prob(samples=...)", samples, 1)
         batch = _batch_shape(self.sites, z)
         flat = {s.name: jnp.reshape(jnp.asarray(z[s.name]), (-1, *s.constrained_shape)) for s in self.sites}
         values = _log_density(self.proposal, self.sites, flat, key, samples)
@@ -230,6 +230,11 @@ class Fit:
                 path, "constrain", self.target.constrain, {s.name: s.full_example() for s in self.sites}
             )
         return path
+
+
+def _check_draws(where: str, samples: object, least: int) -> None:
+    if not isinstance(samples, numbers.Integral) or isinstance(samples, bool) or samples < least:
+        raise FitError(message(where, repr(samples), f"an integer, at least {least}", "ask for so many draws"))
 
 
 def load(folder: str | Path, *, target: Target | None = None, family: Any = None) -> Fit:

@@ -33,7 +33,7 @@ class NormalLikelihood(AbstractLikelihood):
         return Normal(lam[..., 0], jnp.exp(lam[..., 1])).log_prob(z)
 
     def near(self, lam: Array, mean: Array) -> Array:
-        return lam.at[..., 0].add(mean)
+        return lam.at[..., 0].set(mean)
 
     def mean(self, lam: Array) -> Array:
         return lam[..., 0]
