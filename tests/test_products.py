@@ -42,7 +42,14 @@ USED: dict[str, Callable[[Array], Any]] = {
     "rows that share a term": lambda z: likelihood(z @ W).sum() + jnp.where(z[1:] == z[:-1], 1.0, 0.2).sum(),
     "twice": lambda z: likelihood(z @ W) + jnp.sin((z * 2) @ W),
     "two layers": lambda z: jnp.tanh(jnp.tanh(z @ W - 3.0) @ W.T),
+    "held where it may be infinite": lambda z: jnp.tanh(jax.lax.clamp(-9.0, jnp.log(z * 1.0), 9.0) @ W),
     "integers": lambda z: jnp.sqrt((z @ jnp.arange(TOPICS * 2).reshape(TOPICS, 2)) + 1.0),
+}
+MIXED = {
+    "counts": (hivi.Mixture(3), dist.constraints.nonnegative_integer),
+    "free spread": (hivi.Mixture(3, dispersed=True), dist.constraints.nonnegative_integer),
+    "categories": (hivi.Mixture(3), dist.constraints.integer_interval(0, 3)),
+    "bits": (hivi.Mixture(3), dist.constraints.boolean),
 }
 UNUSED: dict[str, Callable[[Array], Any]] = {
     "perhaps infinite": lambda z: jnp.tanh(jnp.log(z * 1.0) @ W),  # -inf at 0, and finite after a move
@@ -86,6 +93,22 @@ def test_differences_are_those_of_direct_evaluation(name):
     assert (updated(factored, z) > 0) == (name in USED)
     found = quick(lambda z, moved: factored.differences("z", moved, {"z": z}))(z, moved)
     np.testing.assert_allclose(found, brute(fn, z, moved), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_a_mixtures_density_is_updated(name):
+    """Each component's sum over coordinates changes by one coordinate's part."""
+    family, support = MIXED[name]
+    sites = hivi.from_log_joint(lambda z: 0.1 * z["z"].sum(), {"z": hivi.Latent((2, 3), support)}).sites
+    proposal = family.build(sites, jax.random.key(0))
+    z = jax.random.randint(jax.random.key(1), (2, 3), 0, 2)
+    factored = factorise(lambda v: {"q": proposal.log_density(v, jax.random.key(0))}, {"z": z})
+    assert updated(factored, z) == 1
+    found = factored.differences("z", (1 - z)[None], {"z": z})[0]
+    for at in np.ndindex(2, 3):
+        there = z.at[at].set(1 - z[at])
+        right = sum(s * proposal.log_density({"z": v}, jax.random.key(0)) for s, v in ((1.0, there), (-1.0, z)))
+        assert float(found[at]) == pytest.approx(float(right), abs=1e-5)
 
 
 def test_draws_are_batched():

@@ -11,10 +11,20 @@ import abc
 from typing import ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._tree import Key
+
+HELD = 1e9
+"""What is added up is held between so many nats: an infinite term could not be updated."""
+
+
+def updatable_sum(log_prob: Array) -> Float[Array, ""]:
+    """The sum, written as a product, of which the locality engine updates one coordinate's part at a time."""
+    held = jax.lax.clamp(-HELD, log_prob, HELD)
+    return jnp.tensordot(held, jnp.ones_like(held), axes=held.ndim)
 
 
 class AbstractLikelihood(eqx.Module):
@@ -48,8 +58,8 @@ class AbstractLikelihood(eqx.Module):
         """Elementwise log q(z_i | lambda_i)."""
 
     def total(self, lam: Float[Array, "*shape width"], z: Array) -> Float[Array, ""]:
-        """The sum of `log_prob`, where it can be written as a product of z and lambda: its differences are then cheap."""
-        return jnp.sum(self.log_prob(lam, z))
+        """The sum of `log_prob`, written as a product, whose differences are cheap: one coordinate's at a time is updated."""
+        return updatable_sum(self.log_prob(lam, z))
 
     @abc.abstractmethod
     def mean(self, lam: Float[Array, "*shape width"]) -> Float[Array, "*shape"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from numpyro.distributions import CategoricalLogits
 
-from hivi._likelihoods.base import AbstractLikelihood
+from hivi._likelihoods.base import AbstractLikelihood, updatable_sum
 from hivi._space import Values
 from hivi._tree import Key
 
@@ -53,7 +53,7 @@ class FiniteLikelihood(AbstractLikelihood):
 
     def total(self, lam: Array, z: Array) -> Array:
         if self.width > 1:
-            return jnp.sum(self.log_prob(lam, z))
+            return updatable_sum(self.log_prob(lam, z))
         bits = (z - self.low).astype(lam.dtype)
         return jnp.tensordot(bits, lam[..., 0], axes=z.ndim) - jnp.sum(jax.nn.softplus(lam))
 

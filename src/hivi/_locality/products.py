@@ -72,12 +72,14 @@ _FINITE = frozenset(_NAMES.split())
 def candidates(jaxpr: jex.Jaxpr, site: Any) -> list[tuple[jex.JaxprEqn, int]]:
     """Products of which one operand (its number) depends on an input, and the other does not.
 
-    An operand that may be infinite, such as log z, is left out: its change may be inf - inf where the product is finite.
+    An operand that may be infinite, such as log z, is left out: its change may be inf - inf where the product is finite. One that
+    is clamped (`lax.clamp`) is not infinite.
     """
     finite, touched = {site}, _downstream(jaxpr, site)
     for eqn in jaxpr.eqns:
         moving = [v for v in eqn.invars if not isinstance(v, jex.Literal) and v in touched]
-        if moving and eqn.primitive.name in _FINITE and finite.issuperset(moving):
+        held = eqn.primitive.name == "clamp" and moving == [eqn.invars[1]]
+        if moving and (held or (eqn.primitive.name in _FINITE and finite.issuperset(moving))):
             finite.update(eqn.outvars)
     found = []
     for eqn in jaxpr.eqns:
