@@ -304,6 +304,9 @@ def test_default_family_follows_the_supports() -> None:
         lambda z: 0.1 * jnp.sum(z["z"]), {"z": hivi.Latent((loop.MIXTURE_LIMIT + 1,), constraints.boolean)}
     )
     assert loop.default_family(many) == hivi.MeanField()
+    table = jnp.zeros((60, 1000))
+    words = hivi.from_numpyro(lambda: numpyro.sample("z", dist.Categorical(logits=table).to_event(1)))
+    assert loop.default_family(words) == hivi.MeanField()
 
 
 def clusters(batch: int | None = None) -> hivi.Target:
@@ -326,7 +329,8 @@ def test_clusters_that_start_alike_part(family, batch) -> None:
     """Where means start at one place and the steps are short, they stay there, 30 nats lower."""
     fit = hivi.fit(clusters(batch), family, key=KEY, progress=False)
     if batch and family is None:
-        assert fit.family == hivi.Mixture(4, equal=True)
+        assert fit.family == {"which": hivi.Mixture(4, equal=True), ".*": hivi.MeanField()}
+    assert fit.proposal.learning_rate == 0.05
     found = np.sort(fit.sample(KEY, 500)["means"], 1).mean(0)
     assert found == pytest.approx([-1.0, 1.2], abs=0.4)
 

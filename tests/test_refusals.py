@@ -158,6 +158,7 @@ WRONG = {
     "quick.sample(key, 100.0)": r"Fit.sample\(samples=.*found 100.0; expected an integer, at least 1",
     "quick.elbo(key, samples=1)": r"Fit.elbo\(samples=.*found 1; expected an integer, at least 2",
     "quick.log_prob(quick.sample(key, 3), key=key, samples=0)": r"Fit.log_prob\(samples=.*at least 1",
+    "hivi.trust(target, key=key)": r"trust\(fit\).*found a Target; expected what hivi.fit returns",
     "hivi.fit(target, key=key, learning_rate=-1.0)": r"fit\(learning_rate=.*found -1.0; expected a positive number",
 }
 RIGHT = (

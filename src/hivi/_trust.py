@@ -94,6 +94,10 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     Source:
         Vehtari et al. (2024), *Pareto smoothed importance sampling*; Yao et al. (2018), *Yes, but did it work?*
     """
+    if not isinstance(fit, Fit):
+        raise FitError(
+            message("trust(fit)", f"a {type(fit).__name__}", "what hivi.fit returns", "fit the target first")
+        )
     check_key("trust", key)
     if samples < LEAST:
         raise FitError(message("trust(samples=...)", str(samples), f"at least {LEAST}", "ask for more draws"))
@@ -111,7 +115,8 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)
         plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
-        cure = "try dispersed=True (--family mixture-dispersed)"
+        named = "hierarchical" if any(s.local is not None for s in fit.sites) else "mixture"
+        cure = f"try dispersed=True (--family {named}-dispersed)"
         counts = f"counts ({', '.join(plain)}) may be narrower than any mixture of Poissons or binomials: {cure}"
         remarks += [counts] if plain else []
         remarks.append("hivi.compare shows what other families reach")

@@ -105,6 +105,15 @@ class AbstractProposal(eqx.Module):
         return RATE
 
     @property
+    def plain(self) -> bool:
+        """Whether there are no flows or networks in it, which long steps would harm."""
+        return False
+
+    def apart(self, key: Key) -> AbstractProposal:
+        """Real sites at random places, as they should start beside discrete ones."""
+        return self
+
+    @property
     def lands(self) -> bool:
         """Whether to stick the landing where it can: families that come close to a posterior, or start there."""
         return False

@@ -28,12 +28,10 @@ def rate_for(sites: Sequence[Site]) -> float:
 
 
 def scattered(sites: Sequence[Site], lam: Mapping[str, Array], key: Key) -> dict[str, Array]:
-    """Parameters whose real sites start at random places where there are discrete sites beside them.
+    """Parameters whose real sites are moved to random places.
 
     Means of clusters that start at one place stay there: what they would gain by parting is of fourth order in their distance.
     """
-    if not any(s.discrete for s in sites):
-        return dict(lam)
     real = [s.name for s in sites if not s.discrete]
     keys = dict(zip(real, jax.random.split(jax.random.fold_in(key, len(sites)), max(len(real), 1)), strict=False))
     moved = {n: lam[n].at[..., 0].add(SCATTER * jax.random.normal(k, lam[n].shape[:-1])) for n, k in keys.items()}

@@ -175,7 +175,7 @@ class Hierarchical(AbstractFamily):
     def _from_scratch(self, link: Link, key: Key) -> tuple[Array, Array]:
         keys = jax.random.split(key, len(link.sites))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(link.sites, keys, strict=True)}
-        lam = scattered(link.sites, lam, key)
+        lam = scattered(link.sites, lam, key) if any(s.discrete for s in link.sites) else lam
         scale = {s.name: jnp.full_like(lam[s.name], SCRATCH[s.values.kind]) for s in link.sites}
         return link.join(lam), link.join(scale)
 

@@ -49,7 +49,7 @@ class MeanField(AbstractFamily):
         sites = with_counts(with_tables(sites), self.concentration, self.dispersed)
         keys = jax.random.split(key, max(len(sites), 1))
         lam = {s.name: likelihood(s).start(s.shape, k) for s, k in zip(sites, keys, strict=False)}
-        return MeanFieldProposal(sites, scattered(sites, lam, key))
+        return MeanFieldProposal(sites, lam)
 
     def native_plates(self) -> bool:
         return True
@@ -72,6 +72,13 @@ class MeanFieldProposal(AbstractProposal):
     @property
     def learning_rate(self) -> float:
         return rate_for(self.sites)
+
+    @property
+    def plain(self) -> bool:
+        return True
+
+    def apart(self, key: Key) -> MeanFieldProposal:
+        return MeanFieldProposal(self.sites, scattered(self.sites, self.lam, key))
 
     def landable(self, site: str) -> bool:
         return any(s.name == site and not s.discrete for s in self.sites)

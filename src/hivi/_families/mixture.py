@@ -20,6 +20,7 @@ from hivi._families.base import (
     with_tables,
 )
 from hivi._likelihood import likelihood
+from hivi._likelihoods.base import HELD
 from hivi._likelihoods.dispersed import DispersedLikelihood
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
@@ -85,6 +86,10 @@ class MixtureProposal(AbstractProposal):
     def learning_rate(self) -> float:
         return rate_for(self.sites)
 
+    @property
+    def plain(self) -> bool:
+        return True
+
     def log_weights(self) -> Float[Array, " branches"]:
         return jnp.full(self.branches, -jnp.log(self.branches)) if self.equal else jax.nn.log_softmax(self.logits)
 
@@ -95,7 +100,7 @@ class MixtureProposal(AbstractProposal):
         return draw, lam
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
-        return {"q": self.log_density(z, key)}
+        return {"q": self._log_sum(z)}
 
     def landable(self, site: str) -> bool:
         return not any(s.discrete for s in self.sites) and any(s.name == site for s in self.sites)
@@ -104,6 +109,10 @@ class MixtureProposal(AbstractProposal):
         return {"q": held(self).log_density(z, jax.random.key(0))}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
+        found = self._log_sum(z)
+        return jnp.where(found < -HELD / 2, -jnp.inf, found)
+
+    def _log_sum(self, z: Latents) -> Float[Array, ""]:
         per_component = jnp.zeros(self.branches)
         for s in self.sites:
             kind = likelihood(s)

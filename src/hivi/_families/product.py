@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hivi._errors import FamilyError, message, nearest
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
+from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, rate_for
 from hivi._families.rows import by_rows
 from hivi._space import Latents, Plate, Site
 from hivi._tree import Key, PyTree
@@ -108,6 +108,18 @@ class ProductProposal(AbstractProposal):
         for p in self.parts:
             total *= p.branches
         return total
+
+    @property
+    def plain(self) -> bool:
+        return all(p.plain for p in self.parts)
+
+    @property
+    def learning_rate(self) -> float:
+        return rate_for(self.sites) if self.plain else min(p.learning_rate for p in self.parts)
+
+    def apart(self, key: Key) -> ProductProposal:
+        keys = jax.random.split(key, len(self.parts))
+        return ProductProposal(self.sites, tuple(p.apart(k) for p, k in zip(self.parts, keys, strict=True)))
 
     def log_weights(self) -> Float[Array, " branches"]:
         out = jnp.zeros(1)

@@ -89,6 +89,14 @@ class RowsProposal(AbstractProposal):
     def log_weights(self) -> Float[Array, " branches"]:
         return jnp.full(self.branches, -jnp.log(self.branches))
 
+    @property
+    def learning_rate(self) -> float:
+        return self.rows.learning_rate
+
+    @property
+    def plain(self) -> bool:
+        return self.rows.plain
+
     def _split(self) -> tuple[PyTree, PyTree]:
         """Each row's own arrays, and the rest."""
         return eqx.partition(self.rows, self._flags())

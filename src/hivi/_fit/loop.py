@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,6 @@ from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
 from hivi._estimators.measured import Setting, settle
 from hivi._families.base import AbstractFamily, AbstractProposal, with_tables
 from hivi._families.full_rank import FullRank
-from hivi._families.hierarchical import Hierarchical
 from hivi._families.mean_field import MeanField
 from hivi._families.mixture import Mixture
 from hivi._families.product import build_proposal
@@ -43,7 +43,8 @@ from hivi._target.base import Target, check_start, full_size
 from hivi._target.indices import check_indices
 from hivi._tree import Key
 
-DENSE_LIMIT, MIXTURE_LIMIT = 400, 1_000
+DENSE_LIMIT, MIXTURE_LIMIT, NUMBERS_LIMIT = 400, 1_000, 50_000
+"""Coordinates of the default for continuous sites and for discrete ones, and the most probabilities of one component."""
 REFINING = 0.002
 """Learning rate of families that start at the best Gaussian."""
 
@@ -175,6 +176,8 @@ def _begin(target: Target, family: Any, k_build: Key, k_check: Key) -> tuple[Abs
     """The built family, at the best Gaussian where it starts there and the target is used whole; and its learning rate."""
     with hastily():  # operation by operation, a flow takes seconds to build for the first time
         proposal = build_proposal(family, target.sites, k_build)
+        if any(s.discrete for s in target.sites):
+            proposal = proposal.apart(jax.random.fold_in(k_build, 1))
     found: list[tuple[Array, Array]] = []
 
     def search() -> tuple[Array, Array]:
@@ -230,28 +233,40 @@ def _identity(target: Target, family: Any, plan: Plan, key: Key, settings: list[
     )  # fmt: skip
 
 
-def default_family(target: Target) -> AbstractFamily:
+def default_family(target: Target) -> AbstractFamily | dict[str, AbstractFamily]:
     """What `fit` takes for `family=None`: by the supports of the target's sites.
 
-    Discrete sites (with or without continuous ones): up to 1,000 coordinates `Mixture(8)` over all, counts and very long ranges
-    of free spread, and `MeanField()` beyond; `Mixture(4, equal=True)`, row by row, where a plate comes in minibatches;
-    `Hierarchical()` where rows are streamed; and `MeanField()` for one variable alone with finitely many values, of which it is
-    exact. Continuous sites only: up to 400 coordinates `Standardised()`, a flow that starts at the best Gaussian (`FullRank()`
-    where the target comes in minibatches); `MeanField()` beyond.
+    Discrete sites (with or without continuous ones): up to 1,000 coordinates (50,000 probabilities) `Mixture(8)` over all, counts
+    and very long ranges of free spread, and `MeanField()` beyond; where a plate with discrete sites comes in minibatches
+    `Mixture(4, equal=True)` row by row, and `MeanField()` for the rest; `MeanField()` for one variable alone with finitely many
+    values, of which it is exact. Continuous sites only: up to 400 coordinates `Standardised()`, a flow that starts at the best
+    Gaussian (`FullRank()` where the target comes in minibatches); `MeanField()` beyond. A streamed target has a default of its
+    own (`default_streamed_family`).
     """
     if _one_table(target):
         return MeanField()
     size = sum(int(np.prod(s.shape)) for s in target.sites)
     if any(s.discrete for s in target.sites):
         free = any(s.values.ordered for s in target.sites)
-        if target.source is not None:
-            return Hierarchical(dispersed=free)
         if not full_size(target):
-            return Mixture(4, equal=True, dispersed=free)
-        return Mixture(8, dispersed=free) if size <= MIXTURE_LIMIT else MeanField(dispersed=free)
+            return _by_rows(target, free)
+        numbers = sum(math.prod(s.shape) * max(s.values.count, 1) for s in with_tables(target.sites))
+        small = size <= MIXTURE_LIMIT and numbers <= NUMBERS_LIMIT
+        return Mixture(8, dispersed=free) if small else MeanField(dispersed=free)
     if size > DENSE_LIMIT:
         return MeanField()
     return Standardised() if full_size(target) else FullRank()
+
+
+def _by_rows(target: Target, free: bool) -> AbstractFamily | dict[str, AbstractFamily]:
+    """A mixture for the rows of the subsampled plate that has discrete sites, mean-field for the rest."""
+    flat = MeanField(dispersed=free)
+    plates = {s.local[0].name for s in target.sites if s.discrete and s.local is not None}
+    inside = [s.name for s in target.sites if s.local is not None and s.local[0].name in plates]
+    if len(plates) != 1:  # each would multiply the draws
+        return flat
+    rows = Mixture(4, equal=True, dispersed=free)
+    return rows if len(inside) == len(target.sites) else {"|".join(map(re.escape, inside)): rows, ".*": flat}
 
 
 def _one_table(target: Target) -> bool:

@@ -24,7 +24,7 @@ HELD = 1e9
 def updatable_sum(log_prob: Array) -> Float[Array, ""]:
     """The sum, written as a product, of which the locality engine updates one coordinate's part at a time."""
     held = jax.lax.clamp(-HELD, log_prob, HELD)
-    return jnp.tensordot(held, jnp.ones_like(held), axes=held.ndim)
+    return jnp.tensordot(held, jnp.ones_like(held), axes=held.ndim, precision=jax.lax.Precision.HIGHEST)
 
 
 class AbstractLikelihood(eqx.Module):

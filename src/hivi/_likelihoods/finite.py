@@ -55,7 +55,8 @@ class FiniteLikelihood(AbstractLikelihood):
         if self.width > 1:
             return updatable_sum(self.log_prob(lam, z))
         bits = (z - self.low).astype(lam.dtype)
-        return jnp.tensordot(bits, lam[..., 0], axes=z.ndim) - jnp.sum(jax.nn.softplus(lam))
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.tensordot(bits, lam[..., 0], axes=z.ndim, precision=exact) - jnp.sum(jax.nn.softplus(lam))
 
     def mean(self, lam: Array) -> Array:
         values = self.low + jnp.arange(self.count, dtype=lam.dtype)

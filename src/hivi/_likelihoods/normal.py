@@ -32,8 +32,11 @@ class NormalLikelihood(AbstractLikelihood):
     def log_prob(self, lam: Array, z: Array) -> Array:
         return Normal(lam[..., 0], jnp.exp(lam[..., 1])).log_prob(z)
 
+    def total(self, lam: Array, z: Array) -> Array:
+        return jnp.sum(self.log_prob(lam, z))
+
     def near(self, lam: Array, mean: Array) -> Array:
-        return lam.at[..., 0].set(mean)
+        return lam.at[..., 0].add(mean)
 
     def mean(self, lam: Array) -> Array:
         return lam[..., 0]

@@ -163,7 +163,7 @@ def _plates(options: list[str]) -> dict[str, int]:
     return plates
 
 
-def _choice(chosen: AbstractFamily, family: str | None) -> str:
+def _choice(chosen: AbstractFamily | dict[str, AbstractFamily], family: str | None) -> str:
     return f"family: {chosen}" + (" (chosen by hivi for these sites)" if family is None else "")
 
 

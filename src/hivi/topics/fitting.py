@@ -143,11 +143,11 @@ def proposal_for(target: Target, architecture: Architecture, family: AbstractFam
 def strategies(target: Target, proposal: AbstractProposal, plug_in: bool = False) -> dict[str, AbstractStrategy]:
     """`Auto`'s choice, one for all of the same structure; in the warm-up, closed forms are plugged in."""
     alike = structure((dataclasses.replace(target, source=None, starts={}), proposal))
-    if alike not in _chosen:
+    found = _chosen.get(alike)
+    if found is None:
         if len(_chosen) >= MOST_CHOSEN:
             _chosen.clear()
-        _chosen[alike] = Auto().resolve(target, conditioned(target, proposal), Elbo())
-    found = _chosen[alike]
+        found = _chosen[alike] = Auto().resolve(target, conditioned(target, proposal), Elbo())
     return {n: Expectation(plug_in=plug_in) if isinstance(s, Expectation) else s for n, s in found.items()}
 
 
