@@ -151,22 +151,3 @@ def test_compiled_programs_are_forgotten_before_mappings_run_out(tmp_path, monke
     assert run(1.0) == 2.0
     used.unlink()
     assert not _compile.make_room()
-
-
-def test_a_loop_of_short_operations_is_one_kernel_where_hivi_compiles_it():
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=(20, 5)), jnp.float32)
-
-    def fn(rows: Any) -> Any:
-        def one(total: Any, at: Any) -> tuple[Any, Any]:
-            return total.at[at[0]].add(jnp.log1p(weights[at[0]] ** 2) @ jnp.ones(5)), total
-
-        return _compile.in_one_kernel(lambda r: jax.lax.scan(one, jnp.zeros(20), r)[0])(rows)
-
-    rows = jnp.asarray(np.random.default_rng(1).integers(0, 20, (30, 1)))
-    program, mark = compiled(fn), "xla_cpu_small_call"
-    assert (mark in program.at("full").lower(rows).as_text()) == (jax.default_backend() == "cpu")
-    assert mark not in jax.jit(fn).lower(rows).as_text()
-    for effort in EFFORTS:
-        np.testing.assert_allclose(program.at(effort)(rows), jax.jit(fn)(rows), rtol=1e-5)
-    pairs = jnp.stack([rows, rows[::-1]])
-    np.testing.assert_allclose(compiled(jax.vmap(fn))(pairs)[1], jax.jit(fn)(rows[::-1]), rtol=1e-5)

@@ -8,7 +8,6 @@ and the program is two to seven times slower; at "medium" it takes two thirds, a
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import gc
 import os
@@ -20,7 +19,6 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jaxlib.version
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from hivi._errors import HiviError, message
 
@@ -113,43 +111,8 @@ class Compiled:
         if chosen not in self._found:
             options: dict[str, Any] = dict(_options(chosen, jax.default_backend()))
             given: dict[str, Any] = {"compiler_options": options} if options else {}
-            self._found[chosen] = eqx.filter_jit(_inside(self._fn), **given)
+            self._found[chosen] = eqx.filter_jit(self._fn, **given)
         return self._found[chosen]
-
-
-_within: contextvars.ContextVar[bool] = contextvars.ContextVar("traced by Compiled", default=False)
-
-
-def _inside(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which knows while it is traced that `Compiled` compiles it."""
-
-    @functools.wraps(fn)
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        token = _within.set(True)
-        try:
-            return fn(*args, **kwargs)
-        finally:
-            _within.reset(token)
-
-    return traced
-
-
-def in_one_kernel(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which XLA on CPU is asked to compile into one piece of machine code where `Compiled` compiles it.
-
-    For loops of many short operations: each is a task of its own otherwise, and handing out the tasks took as long as the work,
-    with a second core waiting for them. The attribute is XLA's own mark of small loops, which takes no scatter of many rows, no
-    sort and no call of a library. Versions of XLA that hivi was not tried with are not asked.
-    """
-    whole = jax.jit(fn)
-
-    def call(*args: Any) -> Any:
-        if not (_within.get() and jax.default_backend() == "cpu" and jaxlib.version.__version__.startswith("0.10.")):
-            return fn(*args)
-        with set_xla_metadata(xla_cpu_small_call="true", inlineable="false"):
-            return whole(*args)
-
-    return call
 
 
 _lock = threading.Lock()

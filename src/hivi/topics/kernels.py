@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hivi._compile import in_one_kernel
 from hivi.topics.architecture import Observations
 
 DENSE = 32
 """Backwards, residuals are scattered to documents x words and multiplied: while that table has at most this many cells per
 nonzero it is cheaper than rows of topics added one by one, and still O(nonzeros x topics)."""
+
+GROUP = 8
+"""Chunks that are handled together: one by one, handing out the work took as long as the work."""
 
 
 class Batch(NamedTuple):
@@ -43,6 +45,17 @@ def _pad(z: Array) -> Array:
     return jnp.concatenate([z, jnp.zeros((1, z.shape[1]), z.dtype)])
 
 
+def _grouped(words: Array, document: Array, blank: int, *more: Array) -> tuple[Array, ...]:
+    """Chunks by groups, which are handled together; those that are wanting belong to the document `blank`, empty."""
+    missing = -words.shape[0] % GROUP
+
+    def grouped(x: Array, fill: int) -> Array:
+        padded = jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)], constant_values=fill)
+        return padded.reshape(-1, GROUP, *x.shape[1:])
+
+    return grouped(words, 0), grouped(document, blank), *(grouped(x, 0) for x in more)
+
+
 @jax.custom_vjp
 def rates(
     weights: Float[Array, "words topics"],
@@ -53,11 +66,12 @@ def rates(
     """Rate at every nonzero."""
     padded = _pad(z)
 
-    def one(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
-        words, document = chunk
-        return None, weights[words] @ padded[document] + floor[words]
+    def some(_: None, chunks: tuple[Array, Array]) -> tuple[None, Array]:
+        words, document = chunks
+        return None, jnp.einsum("glk,gk->gl", weights[words], padded[document]) + floor[words]
 
-    return in_one_kernel(lambda *c: jax.lax.scan(one, None, c)[1])(batch.words, batch.document)
+    found = jax.lax.scan(some, None, _grouped(batch.words, batch.document, z.shape[0]))[1]
+    return found.reshape(-1, found.shape[-1])[: batch.words.shape[0]]
 
 
 def _forward(weights: Array, z: Array, floor: Array, batch: Batch) -> tuple[Array, tuple[Array, Array, Batch]]:
@@ -74,8 +88,7 @@ def _backward(saved: tuple[Array, Array, Batch], residual: Array) -> tuple[Array
         words, document, one = chunk
         return total.at[document].add(one @ weights[words]), None
 
-    start, chunks = jnp.zeros_like(padded), (batch.words, batch.document, residual)
-    to_z = in_one_kernel(lambda *c: jax.lax.scan(by_document, start, c)[0])(*chunks)
+    to_z = jax.lax.scan(by_document, jnp.zeros_like(padded), (batch.words, batch.document, residual))[0]
     if documents * weights.shape[0] <= DENSE * batch.words.size:
         dense = jnp.zeros((documents, weights.shape[0]), z.dtype).at[batch.document[:, None], batch.words].add(residual)
         return dense.T @ padded, to_z[:-1], None, None
@@ -84,7 +97,7 @@ def _backward(saved: tuple[Array, Array, Batch], residual: Array) -> tuple[Array
         words, document, one = chunk
         return total.at[words].add(one[:, None] * padded[document]), None
 
-    to_weights = jax.lax.scan(by_word, jnp.zeros_like(weights), chunks)[0]
+    to_weights = jax.lax.scan(by_word, jnp.zeros_like(weights), (batch.words, batch.document, residual))[0]
     return to_weights, to_z[:-1], None, None
 
 
@@ -120,16 +133,17 @@ def differences(
     """
     padded, step = _pad(z), _pad(moved - z)
 
-    def one(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        words, counts, document = chunk
+    def some(total: Array, chunks: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        words, document, counts = chunks
         rows, low = weights[words], floor[words]
-        rate = rows @ padded[document] + low
-        after = rate[:, None] + rows if unit else jnp.maximum(rate[:, None] + rows * step[document], low[:, None])
-        change = counts @ (log_factor(kind, after) - log_factor(kind, rate)[:, None])
+        rate = jnp.einsum("glk,gk->gl", rows, padded[document]) + low
+        moved = rate[..., None] + (rows if unit else rows * step[document][:, None])
+        after = moved if unit else jnp.maximum(moved, low[..., None])
+        change = jnp.einsum("gl,glk->gk", counts, log_factor(kind, after) - log_factor(kind, rate)[..., None])
         return total.at[document].add(change), None
 
-    start, chunks = jnp.zeros_like(padded), (batch.words, batch.counts, batch.document)
-    return in_one_kernel(lambda *c: jax.lax.scan(one, start, c)[0])(*chunks)[:-1]
+    start = jnp.zeros_like(padded)
+    return jax.lax.scan(some, start, _grouped(batch.words, batch.document, z.shape[0], batch.counts))[0][:-1]
 
 
 @functools.partial(jax.jit, static_argnames="kind")
