@@ -66,7 +66,7 @@ def rates(
     """Rate at every nonzero."""
     padded = _pad(z)
 
-    def some(_: None, chunks: tuple[Array, Array]) -> tuple[None, Array]:
+    def some(_: None, chunks: tuple[Array, ...]) -> tuple[None, Array]:
         words, document = chunks
         return None, jnp.einsum("glk,gk->gl", weights[words], padded[document]) + floor[words]
 
@@ -133,7 +133,7 @@ def differences(
     """
     padded, step = _pad(z), _pad(moved - z)
 
-    def some(total: Array, chunks: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def some(total: Array, chunks: tuple[Array, ...]) -> tuple[Array, None]:
         words, document, counts = chunks
         rows, low = weights[words], floor[words]
         rate = jnp.einsum("glk,gk->gl", rows, padded[document]) + low
