@@ -102,7 +102,7 @@ class AbstractProposal(eqx.Module):
     @property
     def learning_rate(self) -> float:
         """Of the default optimiser, where the user names none."""
-        return RATE
+        return rate_for(self.sites) if self.plain else RATE
 
     @property
     def plain(self) -> bool:

@@ -11,7 +11,6 @@ from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
     Conditional,
-    rate_for,
     scattered,
     size_of,
     with_counts,
@@ -68,10 +67,6 @@ class MeanFieldProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         return {f"q({s.name})": likelihood(s).log_prob(context[s.name], z[s.name]) for s in self.sites}
-
-    @property
-    def learning_rate(self) -> float:
-        return rate_for(self.sites)
 
     @property
     def plain(self) -> bool:

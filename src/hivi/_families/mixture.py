@@ -14,7 +14,6 @@ from hivi._families.base import (
     AbstractProposal,
     Components,
     Conditional,
-    rate_for,
     size_of,
     with_counts,
     with_tables,
@@ -81,10 +80,6 @@ class MixtureProposal(AbstractProposal):
     @property
     def equal_branches(self) -> bool:
         return self.equal
-
-    @property
-    def learning_rate(self) -> float:
-        return rate_for(self.sites)
 
     @property
     def plain(self) -> bool:

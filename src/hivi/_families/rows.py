@@ -90,10 +90,6 @@ class RowsProposal(AbstractProposal):
         return jnp.full(self.branches, -jnp.log(self.branches))
 
     @property
-    def learning_rate(self) -> float:
-        return self.rows.learning_rate
-
-    @property
     def plain(self) -> bool:
         return self.rows.plain
 
