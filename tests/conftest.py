@@ -23,7 +23,6 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import gc
 import itertools
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,18 +37,11 @@ if os.environ.get("HIVI_TYPECHECK", "1") != "0":
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs for the length of the run.
-
-    Tests build the same small programs again and again from new closures, which `jax.jit` compiles afresh;
-    reading them back takes a fifth of the time, and the numbers are the same. One folder per worker: JAX does
-    not write these files atomically, and a half-written one is a warning, hence an error.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = tempfile.TemporaryDirectory(prefix="hivi-compiled-")
-        config.add_cleanup(folder.cleanup)
-        jax.config.update("jax_compilation_cache_dir", folder.name)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Look for garbage seldom: tracing makes many objects, and each search walks all that was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
 
 
 MAPPINGS = 25_000

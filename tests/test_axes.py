@@ -720,7 +720,7 @@ def single(name: str, k: int) -> tuple[Callable[..., list[jax.Array]], list[str]
 
 
 @pytest.mark.usefixtures("fast")
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", [b if b < 4 else pytest.param(b, marks=pytest.mark.slow) for b in range(10)])
 def test_random_programs_are_sound(block):
     for seed in range(20 * block, 20 * (block + 1)):
         fn, names = program(seed)

@@ -128,7 +128,7 @@ def test_marginals_are_exact(name, scale, x64):
     marginal, theta, count = THETA[name]
     theta, z = theta.astype(jnp.float64), marginal.low + jnp.arange(count)
     every = jnp.broadcast_to(theta, (count, *theta.shape))
-    below, above = marginal.thresholds(every, z)
+    below, above = quick(marginal.thresholds)(every, z)
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)
 
     def given(m: jax.Array) -> jax.Array:
@@ -136,7 +136,7 @@ def test_marginals_are_exact(name, scale, x64):
         rest = jnp.broadcast_to(jnp.stack([location, jnp.log(scale)]), (count, 2))
         return jnp.exp(ThresholdLikelihood(marginal).log_prob(jnp.concatenate([every, rest], -1), z))
 
-    table = jax.vmap(given)(jnp.asarray(nodes))
+    table = quick(jax.vmap(given))(jnp.asarray(nodes))
     np.testing.assert_allclose(table[np.abs(nodes) < 5].sum(1), 1.0, atol=1e-4)
     np.testing.assert_allclose(weights @ table / np.sqrt(2 * np.pi), norm.cdf(above) - norm.cdf(below), atol=1e-5)
 

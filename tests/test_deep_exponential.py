@@ -379,9 +379,8 @@ def planted(documents: int = 200, words: int = 30, topics: int = 3) -> Corpus:
     return Corpus.from_matrix(np.stack([rng.multinomial(rng.integers(20, 40), p) for p in share @ table]))
 
 
-@pytest.mark.parametrize(
-    "latent", [name if name == "poisson" else pytest.param(name, marks=pytest.mark.slow) for name in LATENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("latent", LATENTS)
 def test_planted_topics_are_found(latent):
     """Held-out words are foreseen far better than by their frequencies (perplexity about 30; the truth, about 11)."""
     corpus = planted()

@@ -264,6 +264,7 @@ def test_stationary_auxiliary_weighs_its_own_draws_as_it_weighs_others(x64) -> N
     assert float(terms) == pytest.approx(float(excess), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_commands_run(monkeypatch, tmp_path):
     """A row of the suite and one of the noise table, in miniature."""
     noise = _module("noise")

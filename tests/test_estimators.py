@@ -358,7 +358,9 @@ def pathwise_pairs(
     return a, b
 
 
-@pytest.mark.parametrize("family", LANDING)
+@pytest.mark.parametrize(
+    "family", [f if f in ("full-rank", "mixture") else pytest.param(f, marks=pytest.mark.slow) for f in LANDING]
+)
 def test_landing_leaves_out_only_what_has_mean_zero(family):
     target = TARGETS["normal"]()
     proposal = built(family, target)

@@ -323,8 +323,15 @@ def clusters(batch: int | None = None) -> hivi.Target:
     return hivi.from_numpyro(model, jnp.asarray(x), subsample={"data": batch} if batch else None)
 
 
-@pytest.mark.parametrize("family", [hivi.MeanField(), None], ids=["mean-field", "default"])
-@pytest.mark.parametrize("batch", [None, 50], ids=["whole", "minibatches"])
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [
+        pytest.param(hivi.MeanField(), None, id="mean-field"),
+        pytest.param(None, None, marks=pytest.mark.slow, id="default"),
+        pytest.param(hivi.MeanField(), 50, marks=pytest.mark.slow, id="mean-field in minibatches"),
+        pytest.param(None, 50, id="default in minibatches"),
+    ],
+)
 def test_clusters_that_start_alike_part(family, batch) -> None:
     """Where means start at one place and the steps are short, they stay there, 30 nats lower."""
     fit = hivi.fit(clusters(batch), family, key=KEY, progress=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +41,22 @@ SITES: dict[str, Values] = {
 DISCRETE = [n for n, v in SITES.items() if v.kind != "real"]
 
 
+class Compiled:
+    """A likelihood whose densities are compiled once, and not operation by operation."""
+
+    def __init__(self, kind: AbstractLikelihood):
+        self.kind = kind
+        for name in ("log_prob", "score", "fisher", "moves", "move_weights"):
+            setattr(self, name, jax.jit(getattr(kind, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind, name)
+
+
 class Setting(NamedTuple):
     """A likelihood at some lambda, with every value of one coordinate."""
 
-    kind: AbstractLikelihood
+    kind: AbstractLikelihood | Compiled
     lam: Array  # (width,)
     support: Array  # (values,)
 
@@ -51,10 +65,15 @@ class Setting(NamedTuple):
         return jnp.exp(self.kind.log_prob(jnp.broadcast_to(self.lam, (len(self.support), len(self.lam))), self.support))
 
 
+@functools.cache
+def compiled(name: str) -> Compiled:
+    """The likelihood of a row, once for all tests of it."""
+    return Compiled(likelihood(Site("z", (), SITES[name], ())))
+
+
 def setting(name: str, seed: int = 0) -> Setting:
     """A generic lambda; counts up to 60 and reals on a fine grid stand for an infinite support."""
-    values = SITES[name]
-    kind = likelihood(Site("z", (), values, ()))
+    values, kind = SITES[name], compiled(name)
     lam = np.random.default_rng(seed).normal(0.3, 0.7, kind.width).astype(np.float32)
     if values.kind == "real":
         return Setting(kind, jnp.asarray(lam), jnp.linspace(-20.0, 20.0, 40_001))
@@ -96,7 +115,7 @@ def test_log_prob_is_the_textbook_one():
 def test_score_is_the_derivative(name):
     s = setting(name)
     some = s.support[:: max(1, len(s.support) // 7)]
-    right = jax.vmap(lambda z: jax.grad(lambda lam: s.kind.log_prob(lam, z))(s.lam))(some)
+    right = quick(jax.vmap(jax.grad(s.kind.log_prob), (None, 0)))(s.lam, some)
     found = s.kind.score(jnp.broadcast_to(s.lam, (len(some), len(s.lam))), some)
     np.testing.assert_allclose(found, right, rtol=1e-4, atol=2e-5)
 
@@ -141,8 +160,8 @@ def test_moves_give_the_gradient_of_an_expectation(name, seed):
         p = jax.lax.stop_gradient(s.probabilities())
         return jnp.sum(p * jnp.sum(s.kind.move_weights(wide, s.support) * change, 0))
 
-    right = jax.grad(mean)(s.lam)
-    np.testing.assert_allclose(jax.grad(by_moves)(s.lam), right, rtol=2e-3, atol=2e-4)
+    found, right = quick(lambda lam: (jax.grad(by_moves)(lam), jax.grad(mean)(lam)))(s.lam)
+    np.testing.assert_allclose(found, right, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -211,23 +230,24 @@ def test_binomial_log_prob_in_double_precision(name, x64):
 FAR = [-40.0, -18.0, 18.0, 40.0]
 
 
-def far_gradient(name: str, lam: float) -> np.ndarray:
-    """Values and gradients of log-prob, score, Fisher and move weights at an extreme lambda."""
+@functools.cache
+def values_and_slopes(name: str) -> Callable[[Array], Any]:
+    """Log-prob, score, Fisher and move weights of three values, and their gradients, as a function of lambda."""
     s = setting(name)
     z = s.support[jnp.array([0, 1, len(s.support) - 1])]
-    wide = jnp.full((3, s.kind.width), lam).at[:, 1:].set(0.0)
 
     def everything(lam: Array) -> Array:
         parts = s.kind.log_prob(lam, z), s.kind.score(lam, z), s.kind.fisher(lam), s.kind.move_weights(lam, z)
         return jnp.concatenate([jnp.ravel(p) for p in parts])
 
-    return np.concatenate([np.ravel(everything(wide)), np.ravel(quick(jax.jacrev(everything))(wide))])
+    return quick(lambda lam: (everything(lam), jax.jacrev(everything)(lam)))
 
 
 @pytest.mark.parametrize("lam", FAR)
 @pytest.mark.parametrize("name", DISCRETE)
 def test_finite_far_from_the_centre(name, lam):
-    assert np.isfinite(far_gradient(name, lam)).all()
+    wide = jnp.full((3, setting(name).kind.width), lam).at[:, 1:].set(0.0)
+    assert all(np.isfinite(found).all() for found in values_and_slopes(name)(wide))
 
 
 @pytest.mark.parametrize("lam", FAR)

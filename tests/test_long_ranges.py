@@ -80,7 +80,10 @@ def test_spread_and_moments_are_each_others_inverse():
     np.testing.assert_allclose(marginal.moments(marginal.spread(theta, wanted))[1], wanted, rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", [None, hivi.MeanField()], ids=["default", "mean-field"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(None, marks=pytest.mark.slow, id="default"), pytest.param(hivi.MeanField(), id="mean-field")],
+)
 def test_one_long_range_is_exact(family):
     target = change_point()
     log_z, posterior = exactly(target, "change")

@@ -15,7 +15,7 @@ from hivi._errors import FamilyError
 from hivi._families.auxiliary import Link
 from hivi._families.product import build_proposal
 
-DEEP = ("hvm hvm hvm", "hvm planar, recursive", "hvm mixture")
+DEEP = ("hvm hvm", "hvm hvm hvm", "hvm planar, recursive", "hvm mixture")
 NAMES = ["hvm hvm", "hvm hvm hvm", "codes", "hvm planar, recursive", "hvm mixture"]
 
 

@@ -346,6 +346,13 @@ def test_notes_say_what_was_decided():
     assert from_numpyro(plain, X, Y).notes == ()
 
 
+def test_arguments_are_the_models():
+    with pytest.raises(TargetError, match=r"found missing a required argument: '\w+'; expected arguments for plain\("):
+        from_numpyro(plain, X)
+    with pytest.raises(TargetError, match="found an unexpected keyword argument 'sigma'"):
+        from_numpyro(plain, X, Y, sigma=1.0)
+
+
 # Missing values and masks ----------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,11 @@ def test_the_right_concentration_is_exact_and_poisson_is_not():
 
 
 @pytest.mark.parametrize(
-    "family", [hivi.MeanField(concentration=2.5), hivi.MeanField(dispersed=True)], ids=["NB", "free"]
+    "family",
+    [
+        pytest.param(hivi.MeanField(concentration=2.5), marks=pytest.mark.slow, id="NB"),
+        pytest.param(hivi.MeanField(dispersed=True), id="free"),
+    ],
 )
 def test_gradient_against_the_sum_over_the_support(family: hivi.MeanField):
     target, z = wide(), jnp.arange(400)
@@ -128,6 +132,7 @@ def test_refusals():
         hivi.curvature(fit, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_the_default_serves_large_counts():
     """Three counts, of 300 to 2,000, seen through their sums: a hierarchy from scratch levels off 6 nats below mean-field."""
 

@@ -228,7 +228,10 @@ def test_newcomers_mistakes_are_named(tmp_path: Path) -> None:
         hivi.from_log_joint(lambda z: z["w"], {"z": hivi.Latent()})
     with pytest.raises(hivi.TargetError, match=r"latent 'z'.*shape=\(0,\).*tuple"):
         hivi.from_log_joint(lambda z: z["z"], {"z": hivi.Latent(shape=(0,))})
-    assert hivi.from_log_joint(lambda z: z["z"], {"z": hivi.Latent((np.int64(3),))}).site("z").shape == (3,)
+    vector = hivi.from_log_joint(lambda z: z["z"], {"z": hivi.Latent((np.int64(3),))})
+    assert vector.site("z").shape == (3,)
+    assert "array of shape (3,)" in hivi.explain(vector)
+    assert target.notes == ()
     with pytest.raises(hivi.FamilyError, match=r"family key 'taw'.*did you mean 'tau'"):
         hivi.fit(target, {"taw": hivi.MeanField()}, key=jax.random.key(0))
     with pytest.raises(hivi.TargetError, match="did you mean 'tau'"):

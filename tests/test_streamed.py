@@ -167,7 +167,7 @@ def test_rates_of_a_hierarchy_over_sparse_gamma_latents_are_not_drawn():
     assert noise(target) < 0.1 * noise(dataclasses.replace(target, averaged=()))
 
 
-@pytest.mark.parametrize("kind", ["exact", "score"])
+@pytest.mark.parametrize("kind", [pytest.param("exact", marks=pytest.mark.slow), "score"])
 def test_gradient_of_shared_rows_is_exact(kind):
     """Bernoulli units of two of four documents, every value of z, at one continuous noise: equal to rounding."""
     target = deep_exponential_family(corpus(4, 3), Architecture((1,), "bernoulli", priors=PRIORS), batch=2)

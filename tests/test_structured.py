@@ -122,8 +122,8 @@ def rows_model(y: Array) -> None:
         ("count", hivi.Difference()),
         ("categorical", hivi.LocalExpectation()),
         pytest.param("categorical", hivi.DisARM(), marks=pytest.mark.slow),
-        ("codes", hivi.LocalExpectation()),
-        ("rows", hivi.Difference()),
+        pytest.param("codes", hivi.LocalExpectation(), marks=pytest.mark.slow),
+        pytest.param("rows", hivi.Difference(), marks=pytest.mark.slow),
     ],
     ids=str,
 )

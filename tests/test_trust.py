@@ -61,6 +61,7 @@ def test_each_fault_has_its_words():
     json.dumps(short.as_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_counts_too_narrow_for_poissons_are_told_the_cure():
     found = hivi.trust(hivi.fit(pinned(), hivi.MeanField(), **QUIET), key=KEY)
     assert [r for r in found.remarks if "counts (z)" in r and "dispersed=True" in r]

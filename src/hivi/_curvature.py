@@ -260,7 +260,7 @@ def _check(fit: Fit, samples: int, top: int, names: Sequence[str] | None) -> tup
     sites = [s for s in fit.proposal.sites if s.name in wanted and s.name in known]
     missing = [s for s in fit.sites if s.name in wanted and s.name not in known]
     if not sites or (names is not None and missing):
-        found = ", ".join(f"{s.name!r} ({s.values.kind})" for s in missing)
+        found = ", ".join(f"{s.name!r} ({s.values})" for s in missing)
         raise FitError(
             message(
                 f"curvature at {'site' if len(missing) == 1 else 'sites'} {found}",

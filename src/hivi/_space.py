@@ -68,6 +68,13 @@ class Values:
         """Whether q of a value is one of counts (Poisson or binomial, or these with a free spread), not a table."""
         return self.kind in ("count", "binomial")
 
+    def __str__(self) -> str:
+        if self.kind == "real":
+            return "real"
+        return (
+            f"counts from {self.low}" if self.kind == "count" else f"integers {self.low} to {self.low + self.count - 1}"
+        )
+
 
 class Plate(NamedTuple):
     """A plate of conditionally independent rows, seen `batch` rows at a time.

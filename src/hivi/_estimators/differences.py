@@ -49,7 +49,7 @@ class LocalExpectation(AbstractStrategy):
         return (
             None
             if conditional.likelihood.table
-            else f"its q is no table, its support not finite or too long ({site.values.kind})"
+            else f"its q is no table, its support not finite or too long ({site.values})"
         )
 
     def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
@@ -96,7 +96,7 @@ class Difference(AbstractStrategy):
         if conditional is None:
             return "its coordinates are not independent given the family's context"
         if conditional.likelihood.table or not site.discrete:
-            return f"it is not a count ({site.values.kind})"
+            return f"it is not a count ({site.values})"
         return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:

@@ -49,7 +49,7 @@ class DisARM(AbstractStrategy):
         return (
             None
             if conditional.likelihood.table
-            else f"its q is no table, its support not finite or too long ({site.values.kind})"
+            else f"its q is no table, its support not finite or too long ({site.values})"
         )
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:

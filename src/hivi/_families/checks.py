@@ -88,7 +88,7 @@ def require_real(family: str, sites: Sequence[Site]) -> None:
             raise FamilyError(
                 message(
                     f"{family} at site {s.name!r}",
-                    f"a discrete site ({s.values.kind})",
+                    f"a discrete site ({s.values})",
                     "continuous sites only",
                     "use Hierarchical(), MeanField() or Mixture() for it, for example "
                     f"family={{{s.name!r}: hivi.Hierarchical(), ...}}",

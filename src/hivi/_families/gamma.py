@@ -42,7 +42,7 @@ class MeanFieldGamma(AbstractFamily):
                 raise FamilyError(
                     message(
                         f"MeanFieldGamma at site {s.name!r}",
-                        f"a {s.values.kind} site with support {s.bounds or 'unknown'}",
+                        f"a site of {s.values} with support {s.bounds or 'unknown'}",
                         "a global site whose support is positive",
                         "use hivi.MeanField() for it",
                     )

@@ -139,7 +139,7 @@ class Target(eqx.Module):
 
     def __repr__(self) -> str:
         """Name and sites; `hivi.explain` says the rest."""
-        sites = ", ".join(f"{s.name} {s.values.kind} {s.shape}" for s in self.sites)
+        sites = ", ".join(f"{s.name} {s.values} {s.shape}" for s in self.sites)
         return f"Target({self.name!r}: {sites}; {len(self.factored.factors)} terms)"
 
     def site(self, name: str) -> Site:
@@ -307,7 +307,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _site_row(s: Site) -> tuple[str, ...]:
     plates = ", ".join(f"{name} (axis {axis})" for name, axis in s.plates) or "-"
     local = "" if s.local is None else f"minibatches of {s.local[0].batch} of {s.local[0].size}"
-    kind = s.values.kind if s.discrete else _coordinates(s)
+    kind = str(s.values) if s.discrete else _coordinates(s)
     return s.name, f"shape {s.shape}", kind, f"plates {plates}", local
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +30,8 @@ def from_log_joint(
 
     Args:
         log_joint: function of a dict site -> value (in the latents' own, constrained space), and of `data` if that is
-            given. It returns log p(x, z) in nats as a scalar, or an array or dict of arrays whose total it is.
+            given. It returns log p(x, z) in nats as a scalar, or an array or dict of arrays whose total it is; `hivi.explain`
+            notes the shape of an array, which may be larger than meant: (n, 1) and (n,) broadcast to (n, n).
         latents: site -> its shape and support.
         data: optional PyTree of arrays, passed as second argument; new data of the same shapes compile nothing anew, but
             where integers in them pick elements of discrete latents: these are read, to know which element meets which datum.
@@ -54,6 +56,7 @@ def from_log_joint(
     if not latents:
         raise TargetError(message("from_log_joint", "no latents", "at least one", "describe them with hivi.Latent"))
     sites = tuple(_site(name, latent) for name, latent in latents.items())
+    notes: set[str] = set()
 
     def terms(z: Latents, data: Any, rows: dict[str, Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -65,6 +68,10 @@ def from_log_joint(
                 out[f"jacobian({s.name})"] = jacobian
         result = log_joint(values) if data is None else log_joint(values, data)
         named = dict(result) if isinstance(result, Mapping) else {"log_joint": result}
+        if not isinstance(result, Mapping) and (shape := jnp.shape(result)):
+            notes.add(
+                f"the log-joint returned an array of shape {shape}: log p(x, z) is the sum of its {math.prod(shape)} terms"
+            )
         if missing := [name for name, value in named.items() if value is None]:
             raise TargetError(message(f"log_joint, term {missing[0]!r}", "None", "a number", "return the log-density"))
         return out | {str(name): value for name, value in named.items()}
@@ -81,7 +88,7 @@ def from_log_joint(
         raise
     except jax.errors.JAXTypeError as error:
         raise TargetError(traced_control_flow("log_joint", error)) from error
-    return Target("log_joint", sites, factored, jax.tree.map(jnp.asarray, data))
+    return Target("log_joint", sites, factored, jax.tree.map(jnp.asarray, data), notes=tuple(notes))
 
 
 def _site(name: str, latent: Latent) -> Site:

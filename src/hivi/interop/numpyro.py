@@ -60,7 +60,7 @@ def from_numpyro(
         The target. `hivi.explain` prints what was read, and its `notes` what was decided.
 
     Raises:
-        TargetError: the model has no latents, or a statement that cannot be used.
+        TargetError: arguments that the model does not take, no latents, or a statement that cannot be used.
 
     Example:
         >>> import hivi, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -99,10 +99,7 @@ class _Arguments(NamedTuple):
     @classmethod
     def of(cls, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
-        try:
-            positional = list(inspect.signature(model).parameters)
-        except (TypeError, ValueError):
-            positional = []
+        positional = _parameters(model, args, kwargs)
         names = []
         for path, _ in paths:
             first: Any = path[1]
@@ -120,6 +117,23 @@ class _Arguments(NamedTuple):
             yield from ((k,) for k in self.arrays)
         if self.arrays:
             yield self.arrays
+
+
+def _parameters(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the model's parameters, which the arguments must fit (TargetError)."""
+    try:
+        signature = inspect.signature(model)
+    except ValueError:  # it has none
+        return []
+    except TypeError as error:
+        raise TargetError(message("from_numpyro", repr(model), "a function", "pass the model itself")) from error
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name, found = getattr(model, "__name__", "model"), str(error).removeprefix("got ")
+        cure = f"pass them after the model: from_numpyro({name}, ...)"
+        raise TargetError(message("from_numpyro", found, f"arguments for {name}{signature}", cure)) from error
+    return list(signature.parameters)
 
 
 def _refuse_lists(
