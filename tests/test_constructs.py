@@ -54,6 +54,23 @@ def in_the_carry(z: Array) -> Array:
     return lax.scan(step, (z[0], jnp.float32(0.0)), (z[1:], SEEN[1:]))[0][1]
 
 
+def from_a_python_zero(z: Array) -> Array:
+    return lax.scan(lambda total, x: (total + PAIR[x[0], x[1]], None), 0.0, (z[:-1], z[1:]))[0]
+
+
+def by_a_for_loop(z: Array) -> Array:
+    return lax.fori_loop(1, SIZE, lambda i, total: total + PAIR[z[i - 1], z[i]], 0.0)
+
+
+@jax.jit
+def compiled(z: Array) -> Array:
+    return jnp.sum(PAIR[z[:-1], z[1:]])
+
+
+def compiled_in_parts(z: Array) -> Array:
+    return jax.jit(jax.checkpoint(compiled))(z) + jnp.sum(jax.checkpoint(lambda z: FIELD * z)(z))
+
+
 def vectors_in_the_carry(z: Array) -> Array:
     def step(carry: Any, now: Any) -> Any:
         before, total = carry
@@ -125,6 +142,10 @@ CASES: dict[str, tuple[Callable[[Array], Array], tuple[int, ...], int]] = {
     "scan, in the carry": (in_the_carry, LINE, 2),
     "scan of vectors, in the carry": (vectors_in_the_carry, GRID, 2),
     "fori_loop": (by_fori, LINE, 2),
+    "scan, from a Python zero": (from_a_python_zero, LINE, 2),
+    "fori_loop, from a Python zero": (by_a_for_loop, LINE, 2),
+    "jit that holds an array": (compiled, LINE, 2),
+    "jits and checkpoints": (compiled_in_parts, LINE, 2),
     "nested fori_loop": (grid_by_fori, (4, 5), 4),
     "scan, read by the terms": (read_by_the_terms, LINE, SIZE),
     "scan, an output too": (running_terms, LINE, SIZE),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,7 +162,21 @@ def test_which_q_a_range_gets(shape: tuple[int, ...], last: int, table: bool, de
     assert default_family(target) == default
 
 
+@pytest.mark.parametrize("last", [300, 1000])
+def test_one_variable_of_many_values_is_summed_over(last):
+    """Beyond the budget of evaluations: the score function would leave it where it started."""
+    latents = {"k": hivi.Latent((), constraints.integer_interval(0, last))}
+    target = hivi.from_log_joint(lambda z: -0.05 * (z["k"] - 0.9 * last) ** 2, latents)
+    assert "LocalExpectation" in hivi.Auto().explain(target, hivi.MeanField())
+    fit = hivi.fit(target, key=jax.random.key(0), progress=False)
+    assert fit.elbo(jax.random.key(1)).mean == pytest.approx(0.5 * np.log(np.pi / 0.05), abs=1e-3)
+    data = jnp.ones(100_000)
+    dear = hivi.from_log_joint(lambda z: -jnp.sum((z["k"] - 0.9 * last * data) ** 2), latents)
+    assert "exact would cost" in hivi.Auto().explain(dear, hivi.MeanField())
+
+
 def test_what_auto_says_of_a_table():
+    assert re.search(r"z  shape \(2,\)  integers \d+ to \d+  plates", hivi.explain(of((2,), 100)))
     text = hivi.Auto().explain(of((2,), 100), hivi.MeanField())
     assert "every value summed" in text
     assert "difference identity" in hivi.Auto().explain(of((2,), 100), hivi.Hierarchical(dispersed=True))

@@ -16,14 +16,17 @@ import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
-CALLS = ("jit", "pjit", "closed_call", "core_call")
-"""Primitives that only call their inner jaxpr, and may be inlined with no change of meaning."""
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+"""Primitives that only call their inner jaxpr, and may be inlined (a checkpoint then saves no memory)."""
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[jex.Jaxpr, list[Any], Any]:
-    """Trace `fn(*args)`; return the open jaxpr (constants first), the constants, and the output shapes."""
+    """Trace `fn(*args)`; return the open jaxpr (constants first, also its calls'), the constants, and the output shapes."""
     closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return lift(closed.jaxpr), list(closed.consts), out
+    held: list[tuple[Any, Any]] = []
+    flat = inline(closed.jaxpr, held)
+    jaxpr = lift(rebuild(flat, constvars=[*(v for v, _ in held), *flat.constvars]))
+    return jaxpr, [*(value for _, value in held), *closed.consts], out
 
 
 def lift(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
@@ -37,14 +40,23 @@ def rebuild(jaxpr: jex.Jaxpr, **changes: Any) -> jex.Jaxpr:
     return jaxpr.replace(debug_info=info, **changes)
 
 
-def inline(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """Inline jits and nested calls; keep custom derivatives, loops and branches as they are."""
+def inline(jaxpr: jex.Jaxpr, held: list[tuple[Any, Any]] | None = None) -> jex.Jaxpr:
+    """Inline jits, checkpoints and nested calls; keep custom derivatives, loops and branches as they are.
+
+    Calls that hold constants of their own stay calls, unless there is a list `held` for pairs (new variable, constant).
+    """
     eqns: list[jex.JaxprEqn] = []
-    outs = _inline_into(jaxpr, list(jaxpr.invars), {}, eqns)
+    outs = _inline_into(jaxpr, list(jaxpr.invars), {}, eqns, held)
     return rebuild(jaxpr, eqns=eqns, outvars=outs)
 
 
-def _inline_into(jaxpr: jex.Jaxpr, args: list[Any], env: dict[Any, Any], out: list[jex.JaxprEqn]) -> list[Any]:
+def _inline_into(
+    jaxpr: jex.Jaxpr,
+    args: list[Any],
+    env: dict[Any, Any],
+    out: list[jex.JaxprEqn],
+    held: list[tuple[Any, Any]] | None = None,
+) -> list[Any]:
     """Append the equations of `jaxpr` called on `args` to `out`, with fresh variables; return its results."""
     env = dict(env)
     env.update(zip(jaxpr.invars, args, strict=True))
@@ -57,8 +69,11 @@ def _inline_into(jaxpr: jex.Jaxpr, args: list[Any], env: dict[Any, Any], out: li
         if eqn.primitive.name in CALLS:
             inner: Any = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             body, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, [])
-            if not consts and not body.constvars:
-                results = _inline_into(body, operands, {}, out)
+            if held is not None or not body.constvars:
+                own = {v: jex.Var(v.aval) for v in body.constvars}
+                if held is not None:
+                    held += zip(own.values(), consts, strict=True)
+                results = _inline_into(body, operands, own, out, held)
                 env.update(zip(eqn.outvars, results, strict=True))
                 continue
         # Fresh output variables: the same inner jaxpr object may be called twice.

@@ -51,7 +51,8 @@ class Auto(AbstractEstimator):
     product wins, and the fit starts afresh with it.
 
     Args:
-        budget: the most evaluations of a site's factors that one draw may cost with an exact strategy.
+        budget: the most evaluations of a site's factors that one draw may cost with an exact strategy; more for a table in one
+            colour whose sum takes at most ten times `work`.
         cheap: up to this many evaluations an exact strategy is taken without measurement; 0 measures always.
         work: up to this many elementary operations a draw (evaluations times those of log p), too; not if `cheap` is 0.
 
@@ -80,7 +81,7 @@ class Auto(AbstractEstimator):
             if s.name in closed
             else Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
             if s.name in proposal.upstream
-            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1))
+            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1), target)
             if s.discrete
             else _continuous(s, proposal, bound)
             for s in target.sites
@@ -89,7 +90,7 @@ class Auto(AbstractEstimator):
             for s in proposal.above
         ]
 
-    def _choose(self, site: Site, conditional: Conditional | None, count: int) -> Choice:
+    def _choose(self, site: Site, conditional: Conditional | None, count: int, target: Target) -> Choice:
         plural = f"{count} colour{'s' * (count != 1)}"
         if conditional is None:
             raise FitError(
@@ -103,7 +104,8 @@ class Auto(AbstractEstimator):
         table = conditional.likelihood.table
         moves = site.values.count - 1 if table else 1
         cost = moves * count
-        if cost > self.budget:
+        short = table and count == 1 and cost > self.budget and cost * _evaluation(target) <= 10 * self.work
+        if cost > self.budget and not short:
             return Choice(site.name, Score(), 1, f"exact would cost {cost} evaluations ({plural}), over {self.budget}")
         if table:
             why = f"finite support of {site.values.count} values: every value summed, {plural}"
@@ -120,8 +122,7 @@ class Auto(AbstractEstimator):
         dear = [s.name for s in target.sites if s.discrete and self._dear(chosen[s.name])]
         exact = [n for n in dear if not isinstance(chosen[n].strategy, Score)]
         if exact and self.cheap > 0:
-            z = {s.name: jnp.zeros(s.batch_shape, s.dtype) for s in target.sites}
-            each = operations(target.log_joint, z)
+            each = _evaluation(target)
             dear = [n for n in dear if n not in exact or chosen[n].evaluations * each > self.work]
         return tuple(dear)
 
@@ -182,6 +183,13 @@ class Auto(AbstractEstimator):
             rows.append((c.site, label(c.strategy), str(c.evaluations), reason))
         widths = [max(len(r[k]) for r in rows) for k in range(3)]
         return "\n".join("  ".join([*(r[k].ljust(widths[k]) for k in range(3)), r[3]]) for r in rows)
+
+
+def _evaluation(target: Target) -> float:
+    """Operations of one log p; beyond any limit where the rows are not at hand."""
+    if target.source is not None:
+        return math.inf
+    return operations(target.log_joint, {s.name: jnp.zeros(s.batch_shape, s.dtype) for s in target.sites})
 
 
 def _continuous(site: Site, proposal: AbstractProposal, bound: AbstractBound) -> Choice:

@@ -131,6 +131,8 @@ def _parts(
     parts: list[tuple[Any, int]] = []
     for below, above in zip(path[1:], path[:-1], strict=True):
         eqn = producer[above]
+        if _same(eqn):
+            continue
         left, right = eqn.invars
         other: Any = right if left is below else left
         if eqn.primitive.name == "sub" and right is below:
@@ -155,6 +157,14 @@ def _summed(v: Any, producer: dict[Any, jex.JaxprEqn], largest: float) -> Any:
     return _summed(eqn.invars[0], producer, largest)
 
 
+def _same(eqn: jex.JaxprEqn) -> bool:
+    """Whether it converts to the type that is there, as JAX does to a carry that starts at a Python number."""
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    before: Any = eqn.invars[0].aval
+    return before.dtype == eqn.params["new_dtype"]
+
+
 def _path(out: Any, start: Any, producer: dict[Any, jex.JaxprEqn]) -> list[Any] | None:
     """Variables from `out` down to `start` through sums alone."""
     stack, seen = [[out]], {out}
@@ -163,7 +173,7 @@ def _path(out: Any, start: Any, producer: dict[Any, jex.JaxprEqn]) -> list[Any] 
         if path[-1] is start:
             return path
         eqn = None if isinstance(path[-1], jex.Literal) else producer.get(path[-1])
-        if eqn is not None and eqn.primitive.name in ("add", "add_any", "sub"):
+        if eqn is not None and (eqn.primitive.name in ("add", "add_any", "sub") or _same(eqn)):
             for v in eqn.invars:
                 if not isinstance(v, jex.Literal) and v not in seen:
                     seen.add(v)
