@@ -21,6 +21,7 @@ for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
 os.environ["MPLBACKEND"] = "Agg"
 
+import ctypes
 import gc
 import itertools
 from collections.abc import Iterator
@@ -44,19 +45,24 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.set_threshold(200_000, 20, 20)
 
 
-MAPPINGS = 25_000
-"""Of a process's memory; Linux allows 65,530, and a compiler that gets no more ends the process."""
+MAPPINGS, MEMORY = 25_000, 2e9
+"""Of a process: Linux allows 65,530 mappings, and a compiler that gets no more ends the process; bytes of memory."""
 _tests = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def few_mappings() -> Iterator[None]:
-    """Forget compiled programs before a long run has too many: each keeps some mappings of memory."""
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs before a long run has too many: each keeps memory, and some mappings of it."""
     yield
-    maps = Path("/proc/self/maps")
-    if next(_tests) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+    maps, statm = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if next(_tests) % 20 or not maps.exists():
+        return
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > MEMORY or maps.read_bytes().count(b"\n") > MAPPINGS:
         jax.clear_caches()
         gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed in small pieces
+            libc.malloc_trim(0)
 
 
 @pytest.fixture

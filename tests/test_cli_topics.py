@@ -94,6 +94,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 # Commands
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = hivi_command(
+        "topics", "fit", trained.corpus, "--layers", 4, "--passes", 10_000, "--out", tmp_path / "file" / "run"
+    )
+    assert result.exit_code == 1
+    assert "NotADirectoryError" in result.stderr
+    assert "name another" in result.stderr
+
+
 def test_fit_says_what_it_did(trained: Trained) -> None:
     assert trained.result.exit_code == NOT_CONVERGED, trained.result.output  # two passes say nothing about how they end
     assert "not converged" in trained.result.stderr
@@ -201,6 +211,8 @@ def test_show_what_python_saved(trained: Trained, tmp_path: Path) -> None:
     assert last_json(found)["layers"] == last_json(right)["layers"]
     assert "saved from Python" in found.stderr
     assert "saved from Python" not in right.stderr
+    Provenance.load(trained.run).save(tmp_path / "bare")
+    model.save(tmp_path / "bare")  # which says nothing of the documents of the one that was there
     refused = hivi_command("topics", "evaluate", tmp_path / "bare", trained.corpus)
     assert refused.exit_code == 1
     assert "without its training documents" in refused.stderr

@@ -117,6 +117,10 @@ def test_entries_given_twice_are_added_up(tmp_path: Path, on_disk: bool) -> None
     assert (corpus.n_nonzeros, len(corpus.counts)) == (4, 4)
     if on_disk:
         assert Corpus.open(tmp_path / "disk").to_csr().toarray().tolist() == expected
+        with pytest.raises(CorpusError):
+            read_uci(write(tmp_path / "docword.broken.txt", "3\n4\n6\n1 2 5\n"), folder=folder)
+        assert Corpus.open(tmp_path / "disk").to_csr().toarray().tolist() == expected, "what was there is lost"
+        assert sorted(f.name for f in folder.iterdir()) == ["corpus.json", "counts.npy", "indices.npy", "indptr.npy"]
     assert read_ldac(write(tmp_path / "x.dat", "3 1:5 1:2 0:1\n0\n"), folder=folder).to_csr().toarray().tolist() == [
         [1, 7],
         [0, 0],

@@ -360,6 +360,12 @@ def test_a_hierarchical_family(tmp_path):
         ({"passes": 0}, "passes"),
         ({"warm_up": -1}, "warm_up"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 0.5}, "batch_size"),
+        ({"passes": "10"}, "passes"),
+        ({"warm_up": None}, "warm_up"),
+        ({"transform_passes": 1.5}, "transform_passes"),
+        ({"total_documents": None}, "total_documents"),
+        ({"priors": {"level": 0.3}}, "priors"),
     ],
 )
 def test_refuses(parameters, says):
@@ -372,3 +378,10 @@ def test_refuses_negative_counts(model):
         DeepExponentialFamily(**SMALL).fit(-X)
     with pytest.raises(ValueError, match="40 features"):
         model.transform(X[:, :39])
+
+
+def test_refuses_a_corpus_of_other_words():
+    words = [f"w{v}" for v in range(X.shape[1])]
+    model = DeepExponentialFamily(**TINY).fit(Corpus.from_matrix(X, words))
+    with pytest.raises(hivi.CorpusError, match="found 'v0' as word 1 of its vocabulary; expected 'w0'"):
+        model.transform(Corpus.from_matrix(X, ["v0", *words[1:]]))

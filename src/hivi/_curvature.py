@@ -146,8 +146,9 @@ class Curvature:
         else:
             lines = [f"row     kappa     stderr    spread  gain (nats)  direction   (plate {self.plate!r})"]
             for r in self._found()[:5]:
-                k, e, s, g = (x[r, 0] for x in (self.eigenvalues, self.stderr, self.spread, self._gains()))
-                lines.append(f"{self.rows[r]:<7} {k:<+9.3g} {e:<9.2g} {s:<7.3g} {g:<12.3g} {self._text(int(r), 0)}")
+                best = int(np.argmax(self._gains()[r]))
+                k, e, s, g = (x[r, best] for x in (self.eigenvalues, self.stderr, self.spread, self._gains()))
+                lines.append(f"{self.rows[r]:<7} {k:<+9.3g} {e:<9.2g} {s:<7.3g} {g:<12.3g} {self._text(int(r), best)}")
             lines.append(f"{len(self._found())} of {self._blocks} rows tested have a direction (chance: about 0.02)")
         return "\n".join([*lines, *([f"Warning: {self.warning}"] if self.warning else []), self._verdict()])
 

@@ -151,19 +151,28 @@ class GammaProposal(AbstractProposal):
         return True
 
 
+LARGE = 1e9
+"""Beyond, the recurrence adds nothing that single or double precision would show, and its product could overflow."""
+
+
 def digamma(x: Array) -> Array:
-    """Digamma of positive numbers: recurrence to x + 6, then the asymptotic series; a fifth of the library's time."""
-    y = x + 6
-    shifted = 1 / x + 1 / (x + 1) + 1 / (x + 2) + 1 / (x + 3) + 1 / (x + 4) + 1 / (x + 5)
-    square = 1 / (y * y)
-    series = square * (1 / 12 - square * (1 / 120 - square / 252))
-    return jnp.log(y) - 0.5 / y - series - shifted
+    """Digamma of positive numbers: recurrence to x + 4, then the asymptotic series; a fraction of the library's time."""
+    low = jnp.minimum(x, LARGE)
+    u = low * (
+        low + 3
+    )  # x (x+1) (x+2) (x+3) is u (u+2), and its derivative over itself the sum of the four reciprocals
+    shifted = (2 * low + 3) * (2 * u + 2) / (u * (u + 2))
+    inverse = 1 / (x + 4)
+    square = inverse * inverse
+    series = square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square * (1 / 240 - square / 132))))
+    return jnp.log(x + 4) - 0.5 * inverse - series - shifted
 
 
 def log_gamma(x: Array) -> Array:
     """Log Gamma of positive numbers by the same recurrence and Stirling's series."""
-    y = x + 6
-    shifted = jnp.log(x * (x + 1) * (x + 2)) + jnp.log((x + 3) * (x + 4) * (x + 5))
-    square = 1 / (y * y)
-    series = (1 / 12 - square * (1 / 360 - square / 1260)) / y
-    return (y - 0.5) * jnp.log(y) - y + 0.5 * jnp.log(2 * jnp.pi) + series - shifted
+    low = jnp.minimum(x, LARGE)
+    u, y = low * (low + 3), x + 4
+    inverse = 1 / y
+    square = inverse * inverse
+    series = inverse * (1 / 12 - square * (1 / 360 - square * (1 / 1260 - square / 1680)))
+    return (y - 0.5) * jnp.log(y) - y + 0.5 * jnp.log(2 * jnp.pi) + series - jnp.log(u * (u + 2))

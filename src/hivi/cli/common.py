@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hivi._errors import HiviError
+from hivi._errors import HiviError, message
 
 FAILED = 1
 NOT_CONVERGED = 3
@@ -35,6 +36,19 @@ def failures() -> Iterator[None]:
     except HiviError as error:
         console(to_stderr=True).print(f"hivi: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(FAILED) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder that results will go to, before the work begins.
+
+    Raises:
+        HiviError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = f"{type(error).__name__}: {error.strerror}"
+        raise HiviError(message(f"--out {folder}", found, "a folder that can be made", "name another")) from None
 
 
 def console(to_stderr: bool = False) -> Console:

@@ -19,7 +19,7 @@ from hivi._target.base import Target
 from hivi._target.base import explain as explain_target
 from hivi._trust import Trust, trust
 from hivi.cli import inputs, outputs
-from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
+from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, make_folder, print_json, show_table
 from hivi.cli.strategies import Estimator, read_strategies
 from hivi.compare import NAMED
 from hivi.interop.numpyro import NOTHING_OBSERVED, from_numpyro
@@ -98,6 +98,7 @@ def fit(
         raise typer.BadParameter(f"{learning_rate:g} is not a positive number", param_hint="'--learning-rate'")
     with failures():
         target = read_target(model, data, subsample)
+        make_folder(out)
         chosen = default_family(target) if family is None else NAMED[family]
         for line in (*(n for n in target.notes if n == NOTHING_OBSERVED), _choice(chosen, family)):
             console(to_stderr=json).print(line, markup=False, soft_wrap=True)

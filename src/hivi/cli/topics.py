@@ -13,7 +13,7 @@ import typer
 
 from hivi._fit.progress import plain_lines
 from hivi._fit.result import Estimate
-from hivi.cli.common import CODES, NOT_CONVERGED, Json, Seed, console, failures, print_json, show_table
+from hivi.cli.common import CODES, NOT_CONVERGED, Json, Seed, console, failures, make_folder, print_json, show_table
 from hivi.cli.runs import EMBEDDED, Run, load_corpus, load_run, parse_layers, take_share
 from hivi.topics.base import Corpus
 from hivi.topics.document_scores import Scored, score_run
@@ -150,6 +150,7 @@ def fit(
     sizes = parse_layers(layers)
     with failures():
         whole = load_corpus(corpus, vocab)
+        make_folder(out)
         story = provenance(whole, hold_out, seed)
         train = whole.subset(story.split()[0]) if hold_out else whole
         console(to_stderr=True).print(_intention(whole, train, hold_out), markup=False, soft_wrap=True)
@@ -184,7 +185,7 @@ def evaluate(
     ] = False,
     passes: Annotated[
         int | None,
-        typer.Option("--passes", min=0, help="Gradient steps per test document; 60, or 30 after an inference network."),
+        typer.Option("--passes", min=0, help="Gradient steps per test document; 60 if not given."),
     ] = None,
     seed: Seed = 0,
     json: Json = False,

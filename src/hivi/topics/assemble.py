@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from jaxtyping import Int64
 
 from hivi._errors import CorpusError, message
-from hivi.topics.base import MOST, Corpus, allocate
+from hivi.topics.base import MOST, Corpus, allocate, discard
 
 IN_MEMORY = 2 * 10**7
 """A corpus with more counts is kept on disk."""
@@ -65,6 +65,8 @@ def assemble(
         if folder is not None:
             corpus = corpus.finish(folder)
     except BaseException:
+        if folder is not None:
+            discard(folder)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -24,6 +24,7 @@ BLOCK = 2**22
 MOST = int(np.iinfo(np.int32).max)
 """Largest count, and largest vocabulary."""
 META = "corpus.json"
+ENTRIES, UNFINISHED = ("indices", "counts"), ".unfinished"
 ARRAYS = {"indptr": np.int64, "indices": np.int32, "counts": np.int32}
 
 
@@ -254,6 +255,9 @@ class Corpus:
         for array in (self.indices, self.counts):
             if isinstance(array, np.memmap):
                 array.flush()
+        (Path(folder) / META).unlink(missing_ok=True)  # until all is in place, there is no corpus
+        for name in ENTRIES:
+            (Path(folder) / f"{name}{UNFINISHED}").replace(Path(folder) / f"{name}.npy")
         self._write_meta(Path(folder))
         return Corpus.open(folder)
 
@@ -333,17 +337,22 @@ def as_counts(X: Any, dtype: Any = None) -> sp.csr_array:
 
 
 def allocate(nonzeros: int, folder: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Writable indices and counts: in memory, or as .npy files in a folder, for `Corpus.finish`."""
+    """Writable indices and counts: in memory, or in new files of a folder, where `Corpus.finish` puts them in place."""
     if folder is None:
         return np.empty(nonzeros, np.int32), np.empty(nonzeros, np.int32)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / META).unlink(missing_ok=True)  # until it is finished, it is no corpus
     made = []
-    for name in ("indices", "counts"):
-        (folder / f"{name}.npy").unlink(missing_ok=True)  # whoever has the old one mapped keeps it
-        made.append(np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.int32, (nonzeros,)))
+    for name in ENTRIES:
+        (folder / f"{name}{UNFINISHED}").unlink(missing_ok=True)  # whoever has an old one mapped keeps it
+        made.append(np.lib.format.open_memmap(folder / f"{name}{UNFINISHED}", "w+", np.int32, (nonzeros,)))
     return made[0], made[1]
+
+
+def discard(folder: str | Path) -> None:
+    """Remove what `allocate` made and `Corpus.finish` did not put in place; a corpus that was there before stays."""
+    for name in ENTRIES:
+        (Path(folder) / f"{name}{UNFINISHED}").unlink(missing_ok=True)
 
 
 def check_vocabulary(where: str, vocabulary: Sequence[str] | None, n_words: int) -> None:
@@ -355,6 +364,20 @@ def check_vocabulary(where: str, vocabulary: Sequence[str] | None, n_words: int)
     if vocabulary is not None and len(vocabulary) != n_words:
         cure = "pass the vocabulary that belongs to these counts, one word per line, or none"
         raise CorpusError(message(where, f"a vocabulary of {len(vocabulary)} words", f"{n_words}", cure))
+
+
+def check_same_words(where: str, words: Sequence[str], own: Sequence[str], of: str) -> None:
+    """The words of a corpus are those of the one that a model knows, in the same order.
+
+    Raises:
+        CorpusError: naming the first word that differs.
+    """
+    for number, (mine, other) in enumerate(zip(own, words, strict=True), 1):
+        if mine != other:
+            cure = "count its words by the vocabulary that the model was trained with, in the same order"
+            raise CorpusError(
+                message(where, f"{other!r} as word {number} of its vocabulary", f"{mine!r}, as in {of}", cure)
+            )
 
 
 def _mapped(path: Path) -> np.ndarray:

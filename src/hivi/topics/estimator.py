@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hivi._errors import CorpusError, FamilyError, TargetError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
-from hivi.topics.base import Corpus, as_counts
+from hivi.topics.base import Corpus, as_counts, check_same_words
 from hivi.topics.batches import Counts
 from hivi.topics.coherence import liveness
 from hivi.topics.fitting import Inference, amortised, hierarchical
@@ -38,6 +39,8 @@ PREDEFINED: dict[str, Callable[[Architecture], AbstractFamily]] = {
     "amortised": amortised,
 }
 
+OWN = "DeepExponentialFamily"
+
 
 class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Topics, and topics of topics: a deep exponential family, fitted by variational inference.
@@ -57,8 +60,8 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         passes: passes over the documents in `fit`, warm-up included.
         warm_up: passes at the start with point estimates of the weights; at most half of `passes`.
         batch_size: documents per minibatch, at most.
-        transform_passes: gradient steps per document, for documents that are not part of `fit`; 60 if None, but 30 from where an
-            inference network starts them.
+        transform_passes: gradient steps per document, for documents that are not part of `fit`; 60 if None, also from where
+            an inference network starts them.
         total_documents: size of the corpus of which `partial_fit` sees parts. After `fit` it is that of its documents.
         random_state: an int, a `numpy.random.RandomState`, or None for NumPy's global one, as everywhere in scikit-learn: with
             None, `numpy.random.seed` makes results repeat. It is read in `fit` (and at the first `partial_fit`) alone: what
@@ -290,12 +293,19 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     def _architecture(self) -> Architecture:
-        for name in ("passes", "batch_size", "total_documents"):
-            _positive(name, getattr(self, name))
-        if self.transform_passes is not None and not self.transform_passes >= 0:
-            raise TargetError(message("transform_passes", repr(self.transform_passes), "None, 0 or more", "correct it"))
-        if not self.warm_up >= 0:
-            raise TargetError(message("warm_up", repr(self.warm_up), "0 or more passes", "correct it"))
+        for name, least in (("passes", 1), ("batch_size", 1), ("warm_up", 0), ("transform_passes", 0)):
+            value = getattr(self, name)
+            if not (name == "transform_passes" and value is None) and not _at_least(value, least, Integral):
+                raise TargetError(
+                    message(f"{OWN}({name}=...)", repr(value), f"an integer, {least} or more", "correct it")
+                )
+        if not _at_least(self.total_documents, 1, Real):
+            found = repr(self.total_documents)
+            raise TargetError(message(f"{OWN}(total_documents=...)", found, "a number, 1 or more", "correct it"))
+        if not isinstance(self.priors, Priors | None):
+            raise TargetError(
+                message(f"{OWN}(priors=...)", repr(self.priors), "a hivi.topics.Priors, or None", "pass one")
+            )
         if not isinstance(self.layers, Sequence | np.ndarray):
             found, cure = repr(self.layers), "pass (100,) for one layer"
             raise TargetError(message("DeepExponentialFamily(layers=...)", found, "a sequence of integers", cure))
@@ -333,6 +343,8 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             expected = f"{self.n_features_in_}, as in the corpus of the fit"
             cure = "count words by the vocabulary that the model was fitted with"
             raise CorpusError(message(f"corpus {corpus.name!r}", f"{corpus.n_words} words", expected, cure))
+        elif self.vocabulary_ is not None and corpus.vocabulary is not None:
+            check_same_words(f"corpus {corpus.name!r}", corpus.vocabulary, self.vocabulary_, "the corpus of the fit")
         return corpus
 
     def _infer(self, documents: Corpus | Counts) -> Inference:
@@ -352,9 +364,9 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.n_iter_ = trained.passes
 
 
-def _positive(name: str, value: Any) -> None:
-    if not value > 0:
-        raise TargetError(message(f"DeepExponentialFamily({name}=...)", repr(value), "1 or more", "correct it"))
+def _at_least(value: Any, least: int, kind: type) -> bool:
+    number: Any = value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
+    return bool(number >= least)
 
 
 def _some_words(documents: Corpus | Counts) -> None:

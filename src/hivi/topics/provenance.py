@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from hivi._errors import CorpusError, LoadError, message
-from hivi.topics.base import Corpus
+from hivi.topics.base import Corpus, check_same_words
 from hivi.topics.heldout import split_documents
 
 META, ARRAYS = "training.json", "training.npz"
@@ -73,11 +73,9 @@ class Provenance:
             expected = f"the {self.n_words} words of {self.name!r}, which the model was trained on"
             raise CorpusError(message(where, f"{corpus.n_words} words", expected, cure))
         if self.vocabulary is not None and corpus.vocabulary is not None:
-            pairs = enumerate(zip(self.vocabulary, corpus.vocabulary, strict=True), 1)
-            for number, (own, other) in pairs:
-                if own != other:
-                    expected = f"{own!r}, as in {self.name!r}, which the model was trained on"
-                    raise CorpusError(message(where, f"{other!r} as word {number} of its vocabulary", expected, cure))
+            check_same_words(
+                where, corpus.vocabulary, self.vocabulary, f"{self.name!r}, which the model was trained on"
+            )
 
     def test_documents(self, corpus: Corpus) -> Unseen:
         """Documents of a corpus that the model has not been trained on.
@@ -114,6 +112,12 @@ class Provenance:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {n: v for n, v in fields.items() if not isinstance(v, np.ndarray)}
         (folder / META).write_text(json.dumps(plain), encoding="utf-8")
+
+    @staticmethod
+    def remove(folder: str | Path) -> None:
+        """Remove what `save` wrote to a folder, if it did: of a model that is replaced."""
+        for name in (META, ARRAYS):
+            (Path(folder) / name).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Provenance:

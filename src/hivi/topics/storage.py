@@ -13,6 +13,7 @@ from hivi._errors import CorpusError, HiviError, LoadError, message
 from hivi._fit import store
 from hivi.topics.base import check_vocabulary
 from hivi.topics.model import Architecture, Priors
+from hivi.topics.provenance import Provenance
 from hivi.topics.trained import Trained
 
 NAME = "topics"
@@ -59,6 +60,7 @@ def save_model(estimator: Any, folder: str | Path, vocabulary: Iterable[str] | N
         "vocabulary": words,
         "named": names is not None,
     }
+    Provenance.remove(folder)  # of a model that was there before
     store.write(Path(folder), NAME, arrays, meta)
 
 
