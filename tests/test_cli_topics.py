@@ -489,3 +489,14 @@ def test_the_curvature_of_documents_refuses(trained: Trained) -> None:
         broken = dataclasses.replace(model, **change)
         with pytest.raises(FitError, match=text):
             document_curvature(broken, sp.csr_array(counts(documents=3)), key=jax.random.key(0))
+
+
+def test_the_curvature_of_an_estimators_documents(trained: Trained) -> None:
+    """One layer of Poissons has no direction; of X, or of a corpus."""
+    model, some = DeepExponentialFamily.load(trained.run), counts(documents=3)
+    options = {"key": jax.random.key(0), "samples": 256, "top": 1}
+    found = model.curvature(some, **options)
+    assert found.eigenvalues.shape == (3, 1)
+    assert found.share == 0
+    again = model.curvature(Corpus.from_matrix(some), **options)
+    np.testing.assert_array_equal(again.eigenvalues, found.eigenvalues)

@@ -250,7 +250,7 @@ def _check(fit: Fit, samples: int, top: int, names: Sequence[str] | None) -> tup
         cure = "hivi.load(folder, target=target)"
         raise FitError(message("curvature", "a run loaded without its target", "the target", cure))
     if fit.target.source is not None:
-        cure = "hivi.topics.document_curvature.document_curvature tests documents of a topic model"
+        cure = "for documents of a topic model: DeepExponentialFamily(family='mean-field').fit(X).curvature(X[:64], key=key)"
         raise FitError(message("curvature", "a streamed target, of which no rows are at hand", "data in memory", cure))
     if samples < 64:
         raise FitError(message("curvature(samples=...)", str(samples), "at least 64", "ask for more samples"))

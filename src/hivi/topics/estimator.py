@@ -14,13 +14,16 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
 
+from hivi._curvature import Curvature
 from hivi._errors import CorpusError, FamilyError, TargetError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
+from hivi._tree import Key
 from hivi.topics.base import Corpus, as_counts, check_same_words
 from hivi.topics.batches import Counts
 from hivi.topics.coherence import liveness
+from hivi.topics.document_curvature import document_curvature
 from hivi.topics.fitting import Inference, amortised, hierarchical
 from hivi.topics.heldout import perplexity
 from hivi.topics.model import Architecture, Priors
@@ -250,6 +253,23 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         check_is_fitted(self)
         mixture, topics = predictive(self._trained.fit, self._infer(self._documents(observed, "completion_perplexity")))
         return perplexity(mixture, topics, heldout.to_csr() if isinstance(heldout, Corpus) else heldout)
+
+    def curvature(self, X: Any, *, key: Key, samples: int = 2048, top: int = 3) -> Curvature:
+        """Would a hierarchy help these documents? `hivi.curvature`, document by document, at their mean-field optimum.
+
+        Args:
+            X: counts of some documents, as in `fit`: 64 or so, memory grows with documents times samples.
+            key: a JAX random key.
+            samples: draws; with fewer, small directions are taken for noise.
+            top: directions per document.
+
+        Raises:
+            FitError: Gamma latents, or a model that was not fitted with `family="mean-field"`.
+        """
+        check_is_fitted(self)
+        documents = self._documents(X, "curvature")
+        rows = documents.to_csr() if isinstance(documents, Corpus) else documents.counts
+        return document_curvature(self._trained, rows, key=key, samples=samples, top=top)
 
     def save(self, folder: str | Path, vocabulary: Iterable[str] | None = None) -> None:
         """Write the fitted model to a folder, without pickle; see `DeepExponentialFamily.load`, and `hivi topics show`.
