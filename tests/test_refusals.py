@@ -155,6 +155,14 @@ WRONG = {
     "hivi.from_log_joint(lambda z: None, {'x': hivi.Latent()})": "log_joint.*found None; expected a number",
     'hivi.MeanField(dispersed="yes").build(sites, key)': r"dispersed=.*found 'yes'; expected True or False",
     "hivi.Mixture(4, concentration=-1.0).build(sites, key)": r"concentration=.*found -1.0.*positive",
+    "hivi.Score(baseline=hivi.LeaveOneOut)": r"Score\(baseline=.*expected LeaveOneOut\(\)",
+    "hivi.MovingAverage(decay=2.0)": r"MovingAverage\(decay=.*found 2.0; expected a number from 0 and below 1",
+    "hivi.Learned(hidden=0)": r"Learned\(hidden=.*found 0; expected an integer, at least 1",
+    "hivi.Enumeration(values='a')": r"Enumeration\(values=.*found 'a'; expected an integer, at least 2",
+    "hivi.LocalExpectation(coupled='x')": r"LocalExpectation\(coupled=.*found 'x'",
+    "hivi.Auto(budget='x')": r"Auto\(budget=.*found 'x'",
+    "hivi.ImportanceWeighted(outer=True)": r"ImportanceWeighted\(outer=.*found True",
+    "hivi.MeanField(concentration='a').build(sites, key)": r"concentration=.*found 'a'.*positive",
     "quick.sample(key, 100.0)": r"Fit.sample\(samples=.*found 100.0; expected an integer, at least 1",
     "quick.elbo(key, samples=1)": r"Fit.elbo\(samples=.*found 1; expected an integer, at least 2",
     "quick.log_prob(quick.sample(key, 3), key=key, samples=0)": r"Fit.log_prob\(samples=.*at least 1",
@@ -164,6 +172,8 @@ WRONG = {
 RIGHT = (
     "hivi.Mixture(np.int64(4)).build(sites, key)",
     "hivi.Hierarchical(spread=np.float32(0.5))",
+    "hivi.ImportanceWeighted(outer=np.int64(2))",
+    "hivi.MeanField(concentration=np.float64(2.0)).build(sites, key)",
     "hivi.fit(target, hivi.MeanField(), key=key, steps=10, progress=False, learning_rate=np.float32(0.01))",
 )
 """NumPy's numbers, as a search over a grid gives them."""

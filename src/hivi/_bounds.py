@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from hivi._errors import FitError, message
+from hivi._errors import FitError, require_count
 
 Weights = Float[Array, "samples outer branches"]
 
@@ -58,7 +58,7 @@ class Elbo(AbstractBound):
     inner: int = 0
 
     def __check_init__(self) -> None:
-        _check("Elbo(inner=...)", self.inner, 0)
+        require_count("Elbo(inner=...)", self.inner, "correct the number", 0, FitError)
 
     @property
     def draws(self) -> int:
@@ -94,9 +94,9 @@ class ImportanceWeighted(AbstractBound):
     inner: int
 
     def __init__(self, outer: int = 1, inner: int = 0):
-        _check("ImportanceWeighted(outer=...)", outer, 1)
-        _check("ImportanceWeighted(inner=...)", inner, 0)
-        self.outer, self.inner = outer, inner
+        require_count("ImportanceWeighted(outer=...)", outer, "correct the number", 1, FitError)
+        require_count("ImportanceWeighted(inner=...)", inner, "correct the number", 0, FitError)
+        self.outer, self.inner = int(outer), int(inner)
 
     @property
     def draws(self) -> int:
@@ -123,8 +123,3 @@ class ImportanceWeighted(AbstractBound):
         exact = jnp.logaddexp(log_rest, log_share + change)
         small = jnp.log1p(jnp.exp(log_share) * jnp.expm1(jnp.clip(change, -1.0, 1.0)))
         return jnp.where(jnp.abs(change) < 1, small, exact)
-
-
-def _check(where: str, found: int, least: int) -> None:
-    if not isinstance(found, int) or found < least:
-        raise FitError(message(where, repr(found), f"an integer, at least {least}", "correct the number"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class HiviError(Exception):
@@ -36,14 +36,26 @@ def message(where: str, found: str, expected: str, cure: str) -> str:
     return f"{where}: found {found}; expected {expected}. Cure: {cure}"
 
 
-def require_count(where: str, value: object, cure: str, least: int = 1) -> None:
+def require_count(
+    where: str, value: object, cure: str, least: int = 1, error: Callable[[str], HiviError] = FamilyError
+) -> None:
     """Refuse what is no integer, or a smaller one.
 
     Raises:
-        FamilyError: naming the argument.
+        FamilyError: naming the argument; or `error`.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise FamilyError(message(where, repr(value), f"an integer, at least {least}", cure))
+        raise error(message(where, repr(value), f"an integer, at least {least}", cure))
+
+
+def require_share(where: str, value: object, least: float, below: float, error: Callable[[str], HiviError]) -> None:
+    """Refuse what is no number from `least` to less than `below`.
+
+    Raises:
+        HiviError: as `error`, naming the argument.
+    """
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not least <= float(value) < below:
+        raise error(message(where, repr(value), f"a number from {least:g} and below {below:g}", "correct the number"))
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivi._bounds import AbstractBound, Elbo
-from hivi._errors import FitError, message
+from hivi._errors import FitError, message, require_count
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_conditionals
 from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
@@ -70,6 +70,10 @@ class Auto(AbstractEstimator):
     budget: int = 256
     cheap: int = 16
     work: int = 100_000
+
+    def __check_init__(self) -> None:
+        for name in ("budget", "cheap", "work"):
+            require_count(f"Auto({name}=...)", getattr(self, name), "correct the number", 0, FitError)
 
     def choose(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> list[Choice]:
         """One choice per site, with the number of evaluations it costs and the reason."""

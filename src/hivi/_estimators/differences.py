@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
 from hivi._estimators.disarm import partner
 from hivi._families.base import AbstractProposal, Conditional
@@ -35,6 +36,12 @@ class LocalExpectation(AbstractStrategy):
 
     coupled: bool = False
     detached: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        if not isinstance(self.coupled, bool):
+            raise FitError(
+                message("LocalExpectation(coupled=...)", repr(self.coupled), "True or False", "pass one of them")
+            )
 
     @property
     def whole(self) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from hivi._errors import FitError, require_count
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Site
@@ -47,6 +48,9 @@ class Enumeration(AbstractStrategy):
 
     values: int = 4096
     detached: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        require_count("Enumeration(values=...)", self.values, "correct the number", 2, FitError)
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._errors import FitError, require_share
 from hivi._estimators.base import AbstractBaseline, nothing
 from hivi._families.base import Conditional
 from hivi._tree import Key, PyTree
@@ -26,6 +27,9 @@ class MovingAverage(AbstractBaseline):
 
     decay: float = 0.9
     remembers: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        require_share("MovingAverage(decay=...)", self.decay, 0, 1, FitError)
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         return nothing(conditional.lam.shape[:-1])

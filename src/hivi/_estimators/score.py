@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractBaseline, AbstractStrategy, Evaluation, Increment
 from hivi._estimators.leave_one_out import LeaveOneOut
 from hivi._families.base import AbstractProposal, Conditional
@@ -33,6 +34,13 @@ class Score(AbstractStrategy):
 
     baseline: AbstractBaseline = LeaveOneOut()
     detached: ClassVar[bool] = True
+
+    def __check_init__(self) -> None:
+        if not isinstance(self.baseline, AbstractBaseline):
+            expected = "LeaveOneOut(), MovingAverage() or Learned()"
+            raise FitError(
+                message("Score(baseline=...)", repr(self.baseline), expected, "pass the object, with its ()")
+            )
 
     @property
     def remembers(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -62,7 +63,7 @@ def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed:
         raise FamilyError(message("dispersed=True", f"concentration={concentration!r} as well", "one of them", cure))
     if concentration is None and not dispersed:
         return sites
-    if concentration is not None and not concentration > 0:
+    if concentration is not None and not (isinstance(concentration, numbers.Real) and concentration > 0):
         raise FamilyError(
             message("concentration=...", repr(concentration), "a positive number", "1 is Geometric, None Poisson")
         )
