@@ -204,7 +204,7 @@ def test_explain_says_what_coordinates_are_and_keeps_columns() -> None:
     assert "shape (2,)" in found["s"]
     assert "real, unconstrained from simplex of shape (3,)" in found["s"]
     assert "real, unconstrained from interval(-1.0, 2.5)" in found["i"]
-    assert "finite" in found["k"]
+    assert "integers 0 to 1" in found["k"]
     assert "item (axis 0)" in found[long]
     assert len({line.index("shape") for line in [*sites]}) == 1
     assert len({line.index("touches") for line in factors}) == 1

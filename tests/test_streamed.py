@@ -29,7 +29,7 @@ from hivi._families.product import ProductProposal, build_proposal
 from hivi._families.rows import RowsProposal
 from hivi._fit import rows as records
 from hivi._fit.rowwise import row_bounds
-from hivi._fit.stream import Schedule, conditioned, with_rows
+from hivi._fit.stream import OUTLIER, Schedule, _free_adam, _tempered, conditioned, with_rows
 from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import advance
 from hivi._target.base import Target
@@ -426,3 +426,16 @@ def test_strategies_are_chosen_once_for_all_of_one_structure(mean_field, network
     assert warm != first
     assert len(calls) == 2
     assert first.keys() == other.keys()
+
+
+def test_one_strange_minibatch_does_not_blind_adam() -> None:
+    """Its gradient is shortened to three times the usual length; the others, and the first, stay as they are."""
+    usual = {"a": jnp.full(3, 2.0), "b": jnp.full((2, 2), -1.0)}
+    moments = _free_adam().init(usual)
+    strange = jax.tree.map(lambda g: 1e6 * g, usual)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, _tempered(strange, moments), strange))
+    for _ in range(20):
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, _tempered(usual, moments), usual))
+        moments = _free_adam().update(usual, moments)[1]
+    for found, own in zip(*map(jax.tree.leaves, (_tempered(strange, moments), usual)), strict=True):
+        np.testing.assert_allclose(found, OUTLIER * own, rtol=1e-4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,6 +34,10 @@ AFTER_WARM_UP = 100.0
 """Delay of the conjugate steps after a warm-up: they start small, from what it found."""
 SLOW = 0.1
 """Learning rate of rows' parameters without natural gradients, as a share of the others'."""
+BETA2 = 0.99
+"""Of Adam: how much of the second moments a step keeps."""
+OUTLIER = 3.0
+"""How much longer than usual a gradient of shared parameters may be, before Adam."""
 CLIP = 20.0
 """Largest natural-gradient step of a row's parameter, before Adam: units of its log rate or logit."""
 FINAL = 0.1
@@ -88,12 +92,12 @@ class Rates(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _adam() -> optax.GradientTransformation:
-    return optax.chain(optax.clip(CLIP), optax.scale_by_adam(b1=0.9, b2=0.99))
+    return optax.chain(optax.clip(CLIP), optax.scale_by_adam(b1=0.9, b2=BETA2))
 
 
 @functools.lru_cache(maxsize=1)
 def _free_adam() -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=0.9, b2=0.99)
+    return optax.scale_by_adam(b1=0.9, b2=BETA2)
 
 
 def split_rows(proposal: AbstractProposal) -> tuple[PyTree, PyTree]:
@@ -194,6 +198,20 @@ def conjugate(proposal: AbstractProposal, tree: PyTree) -> tuple[PyTree, PyTree]
     return eqx.partition(params, jax.tree.unflatten(jax.tree.structure(params), kinds))
 
 
+def _tempered(gradient: PyTree, moments: Any) -> PyTree:
+    """The gradient, no longer than `OUTLIER` times what is usual.
+
+    One strange minibatch would make Adam's second moments so large that the parameters hardly move for hundreds of steps,
+    while all else runs away from where they were left.
+    """
+    squares = sum((jnp.sum(x) for x in jax.tree.leaves(moments.nu)), jnp.zeros(()))
+    usual = jnp.sqrt(squares / jnp.maximum(1 - BETA2**moments.count, 1e-6))
+    longest = jnp.where(moments.count > 0, OUTLIER * usual, jnp.inf)
+    length = jnp.sqrt(sum((jnp.sum(x * x) for x in jax.tree.leaves(gradient)), jnp.zeros(())))
+    share = jnp.where(length > longest, longest / length, 1.0)
+    return jax.tree.map(lambda g: share * g, gradient)
+
+
 def _move_shared(
     state: StreamState, proposal: AbstractProposal, gradient: PyTree, rates: Rates
 ) -> tuple[PyTree, PyTree]:
@@ -201,7 +219,7 @@ def _move_shared(
     steady, free = conjugate(proposal, state.shared)
     steady_gradient, free_gradient = conjugate(proposal, gradient)
     steady = jax.tree.map(lambda p, g: p + rates.conjugate * g, steady, steady_gradient)
-    direction, moments = _free_adam().update(free_gradient, state.moments)
+    direction, moments = _free_adam().update(_tempered(free_gradient, state.moments), state.moments)
     free = jax.tree.map(lambda p, d: p + rates.free * d, free, direction)
     return eqx.combine(steady, free, static), moments
 
