@@ -119,7 +119,7 @@ def perplexities(names: list[str]) -> None:
             "(tomotopy LDA), bbc 753 (NMF + unigram), reuters21578 615 (tomotopy LDA). NPMI is of the ten top words in the",
             "training documents. Settings were chosen on training documents. Network's own answer: without refinement of the",
             "test documents' parameters. Three-layer networks: one run of bbc and one of reuters21578",
-            "are of after the network's gradients were shortened where they are strange; before, these two ended at 1680 and 2162.",
+            "are of after the network's gradients were shortened where strange; before, these two ended at 1680 and 2162.",
         ],
     )  # fmt: skip
 
