@@ -71,7 +71,7 @@ class Learned(AbstractBaseline):
 
     def __check_init__(self) -> None:
         require_count("Learned(hidden=...)", self.hidden, "correct the number", 1, FitError)
-        require_share("Learned(rate=...)", self.rate, 0, math.inf, FitError)
+        require_share("Learned(rate=...)", self.rate, 0.0, math.inf, FitError)
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         lam = conditional.lam

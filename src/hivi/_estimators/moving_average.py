@@ -29,7 +29,7 @@ class MovingAverage(AbstractBaseline):
     remembers: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
-        require_share("MovingAverage(decay=...)", self.decay, 0, 1, FitError)
+        require_share("MovingAverage(decay=...)", self.decay, 0.0, 1.0, FitError)
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         return nothing(conditional.lam.shape[:-1])
