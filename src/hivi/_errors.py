@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 from collections.abc import Callable, Iterable
 
@@ -48,14 +49,16 @@ def require_count(
         raise error(message(where, repr(value), f"an integer, at least {least}", cure))
 
 
-def require_share(where: str, value: object, least: float, below: float, error: Callable[[str], HiviError]) -> None:
-    """Refuse what is no number from `least` to less than `below`.
+def require_positive(
+    where: str, value: object, cure: str = "correct the number", error: Callable[[str], HiviError] = FamilyError
+) -> None:
+    """Refuse what is no number, zero, negative, infinite or NaN.
 
     Raises:
-        HiviError: as `error`, naming the argument.
+        FamilyError: naming the argument; or `error`.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not least <= float(value) < below:
-        raise error(message(where, repr(value), f"a number from {least:g} and below {below:g}", "correct the number"))
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise error(message(where, repr(value), "a positive number", cure))
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:

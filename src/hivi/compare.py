@@ -160,10 +160,9 @@ def compare(
             announce(f"compare: {name} ({number} of {len(chosen)})", progress)
             first = _first(family, fits, base) if grow else None
             attempt = _grow(target, family, first, curved, keys, settings)
-        row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
+        row = _row(name, family, attempt, keys, draws)
         if attempt.fit is not None:
             fits[name] = attempt.fit
-            row = _measured(row, attempt.fit, keys, draws)
         if name == mean_field and curved is not None:
             row = dataclasses.replace(row, notes={"mixing": f"+{curved.gain_to_expect.mean:.2g}"})
         rows.append(row)
@@ -297,8 +296,12 @@ def _try_fit(target: Target, family: Family, keys: _Keys, settings: Mapping[str,
         return _Attempt(None, f"could not be fitted: {_text(error)}")
 
 
-def _measured(row: Row, found: Fit, keys: _Keys, draws: int) -> Row:
-    """The row with its bounds, k-hat and costs."""
+def _row(name: str, family: Family, attempt: _Attempt, keys: _Keys, draws: int) -> Row:
+    """A family's row: its bounds, k-hat and costs, or what went wrong."""
+    row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
+    found = attempt.fit
+    if found is None:
+        return row
     costs: dict[str, Any] = {
         "converged": found.converged,
         "steps": len(found.history["step"]),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from hivi._errors import FitError, require_count, require_share
+from hivi._errors import FitError, require_count, require_positive
 from hivi._estimators.base import AbstractBaseline, Average, nothing, others
 from hivi._families.base import Conditional
 from hivi._tree import Key, PyTree
@@ -71,7 +71,7 @@ class Learned(AbstractBaseline):
 
     def __check_init__(self) -> None:
         require_count("Learned(hidden=...)", self.hidden, "correct the number", 1, FitError)
-        require_share("Learned(rate=...)", self.rate, 0.0, math.inf, FitError)
+        require_positive("Learned(rate=...)", self.rate, error=FitError)
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         lam = conditional.lam

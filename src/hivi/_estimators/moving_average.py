@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from hivi._errors import FitError, require_share
+from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractBaseline, nothing
 from hivi._families.base import Conditional
 from hivi._tree import Key, PyTree
@@ -29,7 +30,9 @@ class MovingAverage(AbstractBaseline):
     remembers: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
-        require_share("MovingAverage(decay=...)", self.decay, 0.0, 1.0, FitError)
+        if not isinstance(self.decay, numbers.Real) or not 0 <= self.decay < 1:
+            expected = "a number from 0 and below 1"
+            raise FitError(message("MovingAverage(decay=...)", repr(self.decay), expected, "0.9 is usual"))
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         return nothing(conditional.lam.shape[:-1])

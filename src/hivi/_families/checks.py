@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
 from jaxtyping import Array
 
-from hivi._errors import FamilyError, message
+from hivi._errors import FamilyError, message, require_positive
 from hivi._space import Site
 from hivi._tree import Key
 
@@ -63,10 +62,8 @@ def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed:
         raise FamilyError(message("dispersed=True", f"concentration={concentration!r} as well", "one of them", cure))
     if concentration is None and not dispersed:
         return sites
-    if concentration is not None and not (isinstance(concentration, numbers.Real) and concentration > 0):
-        raise FamilyError(
-            message("concentration=...", repr(concentration), "a positive number", "1 is Geometric, None Poisson")
-        )
+    if concentration is not None:
+        require_positive("concentration=...", concentration, "1 is Geometric, None Poisson")
 
     def freed(s: Site) -> Site:
         if s.values.kind == "count":

@@ -12,7 +12,7 @@ from numpyro.distributions import Normal
 
 from hivi._bijections import monotone
 from hivi._dependence import AbstractDependence, GaussianDependence, VineDependence
-from hivi._errors import FamilyError, message
+from hivi._errors import FamilyError, message, require_positive
 from hivi._families.base import AbstractFamily, AbstractProposal, Coordinates, Layout, gaussian_density, gaussian_terms
 from hivi._families.latent_copula import latent
 from hivi._families.reverse import AbstractReverse, BandedReverse, DenseReverse
@@ -103,12 +103,12 @@ class Copula(AbstractFamily):
                 'use Copula("vine", ...)',
             ),
             (self.levels < 1, "levels", repr(self.levels), "at least 1", "use MeanField() for no dependence"),
-            (not self.scale > 0, "scale", repr(self.scale), "a positive number", "0.1 is usual"),
             (not 0.05 < self.spread < 1, "spread", repr(self.spread), "between 0.05 and 1", "0.7 is usual"),
         ]
         for bad, name, found, expected, cure in wrong:
             if bad:
                 raise FamilyError(message(f"Copula({name}=...)", found, expected, cure))
+        require_positive("Copula(scale=...)", self.scale, "0.1 is usual")
 
 
 class CopulaProposal(AbstractProposal):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from typing import Any
 
 import equinox as eqx
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
-from hivi._errors import FamilyError, message
+from hivi._errors import FamilyError, message, require_positive
 from hivi._families.auxiliary import (
     LAM,
     AbstractAuxiliary,
@@ -89,12 +88,11 @@ class Hierarchical(AbstractFamily):
             (not isinstance(self.prior, AbstractFamily), "prior", self.prior, "a family", "for example hivi.Flow(layers=8)"),
             (not isinstance(self.auxiliary, AbstractAuxiliary | None), "auxiliary", self.auxiliary, "an auxiliary, or None",
              "for example hivi.InverseFlow(layers=8)"),
-            (not (isinstance(self.spread, numbers.Real) and self.spread > 0), "spread", self.spread, "a positive number",
-             "1 is usual"),
         ]  # fmt: skip
         for bad, name, value, expected, cure in wrong:
             if bad:
                 raise FamilyError(message(f"Hierarchical({name}=...)", repr(value), expected, cure))
+        require_positive("Hierarchical(spread=...)", self.spread, "1 is usual")
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         sites = with_counts(sites, self.concentration, self.dispersed)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,7 +20,7 @@ from jaxtyping import Array
 
 from hivi._bounds import AbstractBound, Elbo
 from hivi._compile import hastily, make_room
-from hivi._errors import FitError, message
+from hivi._errors import FitError, message, require_count, require_positive
 from hivi._estimators.auto import Auto, label
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, Fixed
 from hivi._estimators.measured import Setting, settle
@@ -110,8 +109,8 @@ def fit(
     if samples is None:
         samples = 16 if target.source is None else 1
     _check_counts(steps, samples)
-    if learning_rate is not None and not (isinstance(learning_rate, numbers.Real) and 0 < learning_rate < float("inf")):
-        raise FitError(message("fit(learning_rate=...)", repr(learning_rate), "a positive number", "0.01 is usual"))
+    if learning_rate is not None:
+        require_positive("fit(learning_rate=...)", learning_rate, "0.01 is usual", FitError)
     if target.source is not None:
         refuse_streamed(optimizer=optimizer, checkpoint=checkpoint, mesh=mesh, start=start)
         return fit_streamed(
@@ -119,40 +118,76 @@ def fit(
             estimator=_resolve(estimator), learning_rate=0.01 if learning_rate is None else learning_rate, progress=progress,
         )  # fmt: skip
     make_room()
-    why = ""
-    if family is None and start is not None:
-        family = start.family
-    elif family is None:
-        family = default_family(target)
-        why = f"; family chosen by the supports: {_label(family)}"
-    bound, estimator = _bound(bound), _resolve(estimator)
-    with hastily():
-        k_build, k_check, k_run = jax.random.split(key, 3)
-    proposal, usual = _begin(target, family, k_build, k_check) if start is None else _continue(start, target, family)
-    _refuse_conjugate(proposal)
-    check_indices(target)
-    check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
-    rate = usual if learning_rate is None else learning_rate
-    chosen = default_optimizer(rate) if optimizer is None else optimizer
-    plan = Plan((), bound, samples, chosen, optimizer is None, mesh).using(estimator.resolve(target, proposal, bound))
-    with hastily():
-        state = initial_state(proposal, target, plan, k_run, steps)
-    folder = None if checkpoint is None else Path(checkpoint)
-    settings = [steps, samples, rate, repr(tolerance), optimizer is None, repr(estimator)]
-    identity = "" if folder is None else _identity(target, family, plan, key, settings, state)
-    undecided = estimator.undecided(target, proposal, bound)
-    if undecided:
-        found = settled(folder, identity, undecided) or _measured(
-            plan, undecided, target, state, jax.random.fold_in(k_check, 1), progress
-        )
-        plan = plan.using(found)
-        state = initial_state(proposal, target, plan, k_run, steps)
-    if mesh is not None:
-        state, target = _on_mesh(state, target, plan, mesh)
-    run = Run(target, plan, steps, tolerance, began, folder, identity, state)
+    given = _Settings(
+        key, steps, samples, _bound(bound), _resolve(estimator), optimizer, learning_rate, tolerance, progress, checkpoint,
+        mesh, start,
+    )  # fmt: skip
+    run, family, why = _prepared(target, family, given, began)
     run.resume()
     outcome = run.go(progress, throw, _label(family))
     return _finished(run, family, outcome + why)
+
+
+class _Settings(NamedTuple):
+    """The arguments of `fit`, checked."""
+
+    key: Key
+    steps: int
+    samples: int
+    bound: AbstractBound
+    estimator: AbstractEstimator
+    optimizer: optax.GradientTransformation | None
+    learning_rate: float | None
+    tolerance: float | None
+    progress: bool
+    checkpoint: str | Path | None
+    mesh: Mesh | None
+    start: Fit | None
+
+
+def _prepared(target: Target, family: Any, given: _Settings, began: float) -> tuple[Run, Any, str]:
+    """A run at its first step, its family, and how the family was chosen where it was not given."""
+    family, why = _family(target, family, given.start)
+    with hastily():
+        k_build, k_check, k_run = jax.random.split(given.key, 3)
+    if given.start is None:
+        proposal, usual = _begin(target, family, k_build, k_check)
+    else:
+        proposal, usual = _continue(given.start, target, family)
+    _refuse_conjugate(proposal)
+    check_indices(target)
+    check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
+    rate = usual if given.learning_rate is None else given.learning_rate
+    chosen = default_optimizer(rate) if given.optimizer is None else given.optimizer
+    decays = given.optimizer is None
+    bound, estimator = given.bound, given.estimator
+    strategies = estimator.resolve(target, proposal, bound)
+    plan = Plan((), bound, given.samples, chosen, decays, given.mesh).using(strategies)
+    with hastily():
+        state = initial_state(proposal, target, plan, k_run, given.steps)
+    folder = None if given.checkpoint is None else Path(given.checkpoint)
+    settings = [given.steps, given.samples, rate, repr(given.tolerance), decays, repr(estimator)]
+    identity = "" if folder is None else _identity(target, family, plan, given.key, settings, state)
+    undecided = estimator.undecided(target, proposal, bound)
+    if undecided:
+        found = settled(folder, identity, undecided) or _measured(
+            plan, undecided, target, state, jax.random.fold_in(k_check, 1), given.progress
+        )
+        plan = plan.using(found)
+        state = initial_state(proposal, target, plan, k_run, given.steps)
+    if given.mesh is not None:
+        state, target = _on_mesh(state, target, plan, given.mesh)
+    return Run(target, plan, given.steps, given.tolerance, began, folder, identity, state), family, why
+
+
+def _family(target: Target, family: Any, start: Fit | None) -> tuple[Any, str]:
+    """The family, and what a fit's message says of it where the supports chose it."""
+    if family is not None:
+        return family, ""
+    if start is not None:
+        return start.family, ""
+    chosen = default_family(target)
+    return chosen, f"; family chosen by the supports: {_label(chosen)}"
 
 
 def _finished(run: Run, family: Any, outcome: str) -> Fit:
@@ -293,8 +328,7 @@ def _check_kinds(target: Any, key: Any) -> None:
 
 def _check_counts(steps: int, samples: int) -> None:
     for name, value in (("steps", steps), ("samples", samples)):
-        if not isinstance(value, int) or value < 1:
-            raise FitError(message(f"fit({name}=...)", repr(value), "a positive integer", "correct the number"))
+        require_count(f"fit({name}=...)", value, "correct the number", error=FitError)
 
 
 def _probe(optimizer: optax.GradientTransformation) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from jaxtyping import Array
 
 from hivi._bounds import AbstractBound
 from hivi._compile import compiled, effort_for
-from hivi._errors import FitError, LoadError, message
+from hivi._errors import FitError, LoadError, message, require_count
 from hivi._estimators.cost import effort_of
 from hivi._estimators.surrogate import log_weights
 from hivi._families.base import AbstractProposal
@@ -116,7 +115,7 @@ class Fit:
             )
         source = self.target.source
         samples = samples if samples is not None else (4096 if source is None else 8)
-        _check_draws("Fit.elbo(samples=...)", samples, 2)
+        require_count("Fit.elbo(samples=...)", samples, "ask for so many draws", 2, FitError)
         if source is None:
             arguments = self.proposal, self.target, bound or self.bound, key
             effort = effort_of(log_weights, *arguments, steps=samples)
@@ -140,7 +139,7 @@ class Fit:
             FitError: no number of draws, or one below 1.
         """
         check_key("Fit.sample", key)
-        _check_draws("Fit.sample(samples=...)", samples, 1)
+        require_count("Fit.sample(samples=...)", samples, "ask for so many draws", 1, FitError)
         draws = _draws.at(effort_for(float(PER_PARAMETER * _size(self.proposal)), samples))(self.proposal, key, samples)
         if self.target is not None:
             return _constrain_target(self.target, draws)
@@ -164,7 +163,7 @@ class Fit:
             FitError: a site is missing, or shapes do not match.
         """
         check_key("Fit.log_prob", key)
-        _check_draws("Fit.log_prob(samples=...)", samples, 1)
+        require_count("Fit.log_prob(samples=...)", samples, "ask for so many draws", 1, FitError)
         batch = _batch_shape(self.sites, z)
         flat = {s.name: jnp.reshape(jnp.asarray(z[s.name]), (-1, *s.constrained_shape)) for s in self.sites}
         values = _log_density(self.proposal, self.sites, flat, key, samples)
@@ -230,11 +229,6 @@ class Fit:
                 path, "constrain", self.target.constrain, {s.name: s.full_example() for s in self.sites}
             )
         return path
-
-
-def _check_draws(where: str, samples: object, least: int) -> None:
-    if not isinstance(samples, numbers.Integral) or isinstance(samples, bool) or samples < least:
-        raise FitError(message(where, repr(samples), f"an integer, at least {least}", "ask for so many draws"))
 
 
 def load(folder: str | Path, *, target: Target | None = None, family: Any = None) -> Fit:

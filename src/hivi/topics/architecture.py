@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpyro.distributions import constraints
 
-from hivi._errors import TargetError, message
+from hivi._errors import TargetError, message, require_positive
 from hivi._space import Plate, Site, make_site
 
 PLATE = "documents"
@@ -47,11 +47,7 @@ class Priors:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not 0 < value < np.inf:
-                raise TargetError(
-                    message(f"Priors({field.name}=...)", repr(value), "a positive number", "correct the number")
-                )
+            require_positive(f"Priors({field.name}=...)", getattr(self, field.name), error=TargetError)
 
 
 def z_name(layer: int) -> str:

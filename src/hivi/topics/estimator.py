@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
 
 from hivi._curvature import Curvature
-from hivi._errors import CorpusError, FamilyError, TargetError, message
+from hivi._errors import CorpusError, FamilyError, TargetError, message, require_count, require_positive
 from hivi._families.base import AbstractFamily
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
@@ -43,6 +42,7 @@ PREDEFINED: dict[str, Callable[[Architecture], AbstractFamily]] = {
 }
 
 OWN = "DeepExponentialFamily"
+"""Name of the class in its errors."""
 
 
 class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -315,20 +315,15 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _architecture(self) -> Architecture:
         for name, least in (("passes", 1), ("batch_size", 1), ("warm_up", 0), ("transform_passes", 0)):
             value = getattr(self, name)
-            if not (name == "transform_passes" and value is None) and not _at_least(value, least, Integral):
-                raise TargetError(
-                    message(f"{OWN}({name}=...)", repr(value), f"an integer, {least} or more", "correct it")
-                )
-        if not _at_least(self.total_documents, 1, Real):
-            found = repr(self.total_documents)
-            raise TargetError(message(f"{OWN}(total_documents=...)", found, "a number, 1 or more", "correct it"))
+            if value is not None or name != "transform_passes":
+                require_count(f"{OWN}({name}=...)", value, "correct the number", least, TargetError)
+        require_positive(f"{OWN}(total_documents=...)", self.total_documents, error=TargetError)
         if not isinstance(self.priors, Priors | None):
-            raise TargetError(
-                message(f"{OWN}(priors=...)", repr(self.priors), "a hivi.topics.Priors, or None", "pass one")
-            )
+            found, expected = repr(self.priors), "a hivi.topics.Priors, or None"
+            raise TargetError(message(f"{OWN}(priors=...)", found, expected, "pass one"))
         if not isinstance(self.layers, Sequence | np.ndarray):
             found, cure = repr(self.layers), "pass (100,) for one layer"
-            raise TargetError(message("DeepExponentialFamily(layers=...)", found, "a sequence of integers", cure))
+            raise TargetError(message(f"{OWN}(layers=...)", found, "a sequence of integers", cure))
         layers = tuple(int(k) if isinstance(k, np.integer) else k for k in self.layers)
         priors = Priors() if self.priors is None else self.priors
         return Architecture(layers, self.latent, self.observations, self.weights, priors)
@@ -341,7 +336,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return PREDEFINED[chosen](self._architecture())
         expected = f"None, one of {list(PREDEFINED)}, or a family"
         cure = "pass hivi.MeanField(), or hivi.Hierarchical(..., shared=True)"
-        raise FamilyError(message("DeepExponentialFamily(family=...)", repr(chosen), expected, cure))
+        raise FamilyError(message(f"{OWN}(family=...)", repr(chosen), expected, cure))
 
     def _documents(self, X: Any, method: str, *, reset: bool = False) -> Corpus | Counts:
         """What scikit-learn accepts, or a corpus, as documents; checked."""
@@ -382,11 +377,6 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         used = liveness(means[0][None], self.components_)
         self.topic_shares_, self.alive_ = used.share, used.alive
         self.n_iter_ = trained.passes
-
-
-def _at_least(value: Any, least: int, kind: type) -> bool:
-    number: Any = value if isinstance(value, kind) and not isinstance(value, bool) else math.nan
-    return bool(number >= least)
 
 
 def _some_words(documents: Corpus | Counts) -> None:
