@@ -19,7 +19,7 @@ from hivi._likelihood import likelihood
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._likelihoods.poisson import MAX_LOG_RATE, PART, SHARE, poisson
 from hivi._space import Site, Values
-from hivi._tree import sum_all
+from hivi._tree import sum_all, value_zero
 
 SITES: dict[str, Values] = {
     "bernoulli": Values("finite", 0, 2),
@@ -350,3 +350,15 @@ def test_large_sums_are_sums(shape: tuple[int, ...]):
     np.testing.assert_allclose(found, np.exp(x.astype(np.float64)).sum(), rtol=2e-6)
     np.testing.assert_allclose(slope, np.exp(x), rtol=1e-5)
     np.testing.assert_allclose(quick(jax.vmap(sum_all))(x[None]), x.sum(dtype=np.float64), rtol=2e-6)
+
+
+def test_what_is_zero_has_the_gradient_of_what_it_was():
+    """Also where it is mapped, and a function of something that is not."""
+    x = jnp.array([0.3, 0.7])
+
+    def f(y, k):
+        return jnp.sum(jnp.exp(value_zero(y * k)) * y)
+
+    value, slope = quick(jax.vmap(jax.value_and_grad(f), (None, 0)))(x, jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(value, [1.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(slope, [[1.3, 1.7], [1.6, 2.4]], rtol=1e-6)

@@ -15,9 +15,19 @@ Key: TypeAlias = PRNGKeyArray
 LARGE, ROWS = 2**16, 64
 
 
+@jax.custom_jvp
 def value_zero(x: Array) -> Array:
-    """A quantity with value 0 and the gradient of `x`."""
-    return x - jax.lax.stop_gradient(x)
+    """A quantity with value 0 and the gradient of `x`.
+
+    As `x - stop_gradient(x)`, but the compiler sees that it is zero, and computes nothing for it.
+    """
+    # A choice that is never made: a plain zero would not be mapped where x is, and JAX then mistakes its gradient's shape.
+    return jax.lax.select(jnp.array(False), x, jnp.zeros_like(x))
+
+
+@value_zero.defjvp
+def _value_zero(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return value_zero(primals[0]), tangents[0]
 
 
 def held(tree: PyTree) -> PyTree:
@@ -32,8 +42,11 @@ def sum_all(x: Array) -> Array:
     """
     if x.size < LARGE or x.shape[0] < ROWS:
         return jnp.sum(x)
-    rows = jnp.pad(x, [(0, -x.shape[0] % ROWS), *[(0, 0)] * (x.ndim - 1)])
-    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(rows.reshape(ROWS, -1, *x.shape[1:]), 0)))
+    # The barrier keeps a sum of sums from becoming one pass for each of them; it is not for the gradient, which is a constant.
+    values = jax.lax.optimization_barrier(jax.lax.stop_gradient(x))
+    rows = jnp.pad(values, [(0, -x.shape[0] % ROWS), *[(0, 0)] * (x.ndim - 1)])
+    blocks = jax.lax.optimization_barrier(jnp.sum(rows.reshape(ROWS, -1, *x.shape[1:]), 0))
+    return jnp.sum(blocks) + jnp.sum(value_zero(x))
 
 
 def finite(tree: PyTree) -> Array:

@@ -26,6 +26,9 @@ class MeanFieldGamma(AbstractFamily):
     Args:
         shape: shape parameter at the start, before any fit.
         rate: rate parameter at the start.
+        tied: one rate for all coordinates that differ in their first index alone. Nothing is lost where log p is linear in
+            e^log w with the same coefficient for all of them, as a Poisson model is in the weights of one topic; and a
+            third of the work of a step is saved.
 
     Example:
         >>> import hivi
@@ -35,6 +38,7 @@ class MeanFieldGamma(AbstractFamily):
 
     shape: float = 1.0
     rate: float = 1.0
+    tied: bool = False
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         for s in sites:
@@ -51,15 +55,19 @@ class MeanFieldGamma(AbstractFamily):
         jitter = {
             s.name: jax.random.uniform(k, s.shape, minval=0.9, maxval=1.1) for s, k in zip(sites, keys, strict=False)
         }
-        rate = {s.name: jnp.full(s.shape, self.rate) for s in sites}
+        rate = {s.name: jnp.full(_rates(s, self.tied), self.rate) for s in sites}
         return GammaProposal(sites, {n: self.shape * j for n, j in jitter.items()}, rate)
 
 
 POSITIVE = ("_Positive[][]", "_GreaterThan[0.0][]", "_GreaterThan[0][]")
 
 
+def _rates(site: Site, tied: bool) -> tuple[int, ...]:
+    return (1, *site.shape[1:]) if tied and site.shape else site.shape
+
+
 class GammaProposal(AbstractProposal):
-    """Shape and rate of every coordinate: natural parameters of q, up to sign and a constant."""
+    """Shape and rate of every coordinate, which broadcast: natural parameters of q, up to sign and a constant."""
 
     sites: tuple[Site, ...] = eqx.field(static=True)
     shape: dict[str, Array]
@@ -74,7 +82,7 @@ class GammaProposal(AbstractProposal):
             if s.name in means:
                 average = jnp.mean(means[s.name])
                 shape[s.name] = jnp.maximum(means[s.name] / average, SMALL_SHAPE)
-                rate[s.name] = jnp.full(s.shape, 1 / average)
+                rate[s.name] = jnp.full(rate[s.name].shape, 1 / average)
         return dataclasses.replace(self, shape=shape, rate=rate)
 
     def centre(self) -> Latents:
@@ -95,13 +103,24 @@ class GammaProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         """Log density in log coordinates; in closed form its expectation, whose gradient is the natural one."""
+        if self.closed:
+            return self._expected_log_q(z)
         out = {}
-        exp = self.views()["logmeanexp"] if self.closed else z
         for s in self.sites:
-            a, b = (jax.lax.stop_gradient(x[s.name]) if self.closed else x[s.name] for x in (self.shape, self.rate))
-            linear = a * z[s.name] - b * jnp.exp(exp[s.name])
-            # Plugged in, q has no entropy; the gradient of its linear part still turns a natural step into a conjugate one.
-            out[f"q({s.name})"] = value_zero(linear) if self.plug_in else linear + a * jnp.log(b) - log_gamma(a)
+            a, b = self.shape[s.name], self.rate[s.name]
+            out[f"q({s.name})"] = a * z[s.name] - b * jnp.exp(z[s.name]) + a * jnp.log(b) - log_gamma(a)
+        return out
+
+    def _expected_log_q(self, z: Latents) -> dict[str, Array]:
+        """Negative entropy of log w, a psi(a) - a - log Gamma(a), which no rate changes; with the natural gradient.
+
+        Plugged in, q has no entropy; the gradient of its linear part still turns a natural step into a conjugate one.
+        """
+        out, high = {}, self.views()["logmeanexp"]
+        for s in self.sites:
+            a, b = jax.lax.stop_gradient((self.shape[s.name], self.rate[s.name]))
+            value = 0.0 if self.plug_in else jax.lax.optimization_barrier(a * (digamma(a) - 1) - log_gamma(a))
+            out[f"q({s.name})"] = value + value_zero(a * z[s.name] - b * jnp.exp(high[s.name]))
         return out
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
@@ -134,7 +153,9 @@ class GammaProposal(AbstractProposal):
         low, high = {}, {}
         for s in self.sites:
             a, b = jax.lax.stop_gradient((self.shape[s.name], self.rate[s.name]))
-            high[s.name] = jnp.log(a / b) - value_zero(self.rate[s.name]) * (b / a)
+            # A tied rate takes the mean, weighted by E[w], of the steps that its coordinates would take.
+            total = a if a.shape == b.shape else jnp.sum(a, 0, keepdims=True)
+            high[s.name] = jnp.log(a / b) - value_zero(self.rate[s.name]) * (b / total)
             start = jnp.log(a / b) if self.plug_in else digamma(a) - jnp.log(b)
             low[s.name] = start + value_zero(self.shape[s.name])
         return {"mean": low, "logmeanexp": high}

@@ -111,7 +111,7 @@ def weight_family(architecture: Architecture) -> dict[str, AbstractFamily]:
     out: dict[str, AbstractFamily] = {}
     for layer in range(architecture.depth):
         closed = architecture.weights == "gamma" and (layer == 0 or architecture.latent == "poisson")
-        out[w_name(layer)] = MeanFieldGamma() if closed else MeanField()
+        out[w_name(layer)] = MeanFieldGamma(tied=True) if closed else MeanField()
     return out | ({"b.*": MeanField()} if architecture.signed(1) and architecture.depth > 1 else {})
 
 
