@@ -236,8 +236,9 @@ def by_hand(a: Architecture, z: dict[str, np.ndarray], local: bool = False) -> n
             whole += stats.norm.logpdf(w, location, p.scale).sum()
             weight[k] = w if signed else np.logaddexp(0, w)
         else:
-            shape = p.topic_shape if k == 0 else p.layer_shape
-            whole += (stats.gamma.logpdf(np.exp(w), shape, scale=mean / shape) + w).sum()
+            shape, rate = (p.topic_shape, p.topic_rate) if k == 0 else (p.layer_shape, p.layer_rate)
+            scale = mean / shape if rate is None else 1 / rate
+            whole += (stats.gamma.logpdf(np.exp(w), shape, scale=scale) + w).sum()
             weight[k] = np.exp(w)
         if signed:
             whole += stats.norm.logpdf(z[f"b{k}"], -2.0, 1.0).sum()
@@ -288,6 +289,17 @@ def test_log_joint_is_the_models(latent, observations, weights, x64):
     target, z = deep_exponential_family(CORPUS, a, batch=DOCUMENTS), point(a)
     found = target.log_joint(jax.tree.map(jnp.asarray, z))
     np.testing.assert_allclose(found, by_hand(a, z).sum(), rtol=1e-6)
+
+
+def test_rates_of_priors_can_be_given(x64):
+    """As in Ranganath et al. (2015): shape 0.1, rate 0.3."""
+    priors = Priors(topic_shape=0.1, topic_rate=0.3, layer_shape=0.2, layer_rate=0.7)
+    a = Architecture((TOPICS, 2), priors=priors)
+    target, z = deep_exponential_family(CORPUS, a, batch=DOCUMENTS), point(a)
+    found = target.log_joint(jax.tree.map(jnp.asarray, z))
+    np.testing.assert_allclose(found, by_hand(a, z).sum(), rtol=1e-6)
+    with pytest.raises(TargetError, match=r"Priors\(layer_rate=...\).*found 0"):
+        Priors(layer_rate=0)
 
 
 @pytest.mark.parametrize("latent", LATENTS)

@@ -35,6 +35,8 @@ class Priors:
         floor: share of a document that comes from the corpus' own word frequencies, whatever its topics.
         layer_floor: least rate (or mean) of a latent, as a share of `level`.
         scale: standard deviation of Normal weights.
+        topic_rate: rate of the Gamma prior of the words' weights; None derives it, as said at `level`.
+        layer_rate: rate of the Gamma prior of the weights between layers; None derives it.
     """
 
     topic_shape: float = 0.03
@@ -44,10 +46,14 @@ class Priors:
     floor: float = 0.01
     layer_floor: float = 0.15
     scale: float = 1.0
+    topic_rate: float | None = None
+    layer_rate: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            require_positive(f"Priors({field.name}=...)", getattr(self, field.name), error=TargetError)
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                require_positive(f"Priors({field.name}=...)", value, error=TargetError)
 
 
 def z_name(layer: int) -> str:

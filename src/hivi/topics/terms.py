@@ -104,8 +104,9 @@ class Terms:
             if a.signed(layer):
                 out[f"b{layer}.prior"] = Normal(-2.0, 1.0).log_prob(z[f"b{layer}"])
             return out
-        shape = priors.topic_shape if layer == 0 else priors.layer_shape
-        rate = shape / self.mean_weight(layer, data["fixed"])
+        words = layer == 0
+        shape, given = (priors.topic_shape, priors.topic_rate) if words else (priors.layer_shape, priors.layer_rate)
+        rate = shape / self.mean_weight(layer, data["fixed"]) if given is None else jnp.asarray(given)
         # Gamma density of e^w, in w: the Jacobian e^w is part of it.
         return {
             f"{name}.prior": shape * w + shape * jnp.log(rate) - gammaln(shape),
