@@ -299,7 +299,7 @@ def test_rates_of_priors_can_be_given(x64):
     found = target.log_joint(jax.tree.map(jnp.asarray, z))
     np.testing.assert_allclose(found, by_hand(a, z).sum(), rtol=1e-6)
     with pytest.raises(TargetError, match=r"Priors\(layer_rate=...\).*found 0"):
-        Priors(layer_rate=0)
+        Priors(layer_rate=0.0)
 
 
 @pytest.mark.parametrize("latent", LATENTS)
