@@ -77,6 +77,22 @@ PRECISE: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
     "pad": (lambda z: jnp.pad(z, ((1, 2), (0, 0))), MATRIX, {(Along(0, -1), A1)}),
     "crossed plates": (lambda z: z[:, :1] * jnp.ones((1, 3)), MATRIX, {(A0, Const(0))}),
     "size 1": (lambda z: z[2:3] + jnp.ones(4), VECTOR, {(Const(2),)}),
+    "sums of split axes": (
+        lambda z: z.reshape(2, 3).sum(1),
+        VECTOR,
+        {(Along(0, 0, 3),), (Along(0, 1, 3),), (Along(0, 2, 3),)},
+    ),
+    "products of split axes": (
+        lambda z: z.reshape(2, 3) @ jnp.ones((3, 4)),
+        VECTOR,
+        {(Along(0, k, 3),) for k in range(3)},
+    ),
+    "sums of neighbours": (
+        lambda z: z[jnp.array([[1, 2], [2, 3], [3, 4]])].sum(1),
+        VECTOR,
+        {(Along(0, 1),), (Along(0, 2),)},
+    ),
+    "sums of both halves of a split axis": (lambda z: z.reshape(2, 3).sum(), VECTOR, {(ALL,)}),
     "two items": (lambda z: z[0] * z[4], VECTOR, {(Const(0),), (Const(4),)}),
     "sum of size 1": (lambda z: z[:, 1:2].sum(1), MATRIX, {(A0, Const(1))}),
     "row sums": (lambda z: z.sum(1), MATRIX, ROW),

@@ -26,6 +26,7 @@ from hivi._locality.base import (
     Read,
     Rule,
     Shape,
+    Table,
     Unsupported,
     table,
 )
@@ -133,7 +134,30 @@ def _reduce(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
     axes = [int(a) for a in (params["axes"] if "axes" in params else params["dimensions"])]
     rank = len(outs[0]) + len(axes)
     view = tuple(_without(axes, rank, ALL))
-    return [[Read(i, view if len(a.shape) == rank else ()) for i, a in enumerate(args)]] * len(outs)
+    whole = [len(a.shape) == rank for a in args]
+    reads = [
+        _one_by_one(i, a, view, axes) if w else [Read(i, ())] for i, (a, w) in enumerate(zip(args, whole, strict=True))
+    ]
+    return [list(itertools.chain(*reads))] * len(outs)
+
+
+def _one_by_one(operand: int, arg: Arr, view: AxisMap, axes: Sequence[int]) -> list[Read]:
+    """Reads of an operand that is added up over some axes.
+
+    Of a latent axis that was split, or gathered, along these and others an element needs only some places: it reads them
+    one by one, as long as they are few.
+    """
+    entries = (e for maps in arg.scope.values() for m in maps for e in m if isinstance(e, Table))
+    if all(set(e.axes).isdisjoint(axes) or set(e.axes).issubset(axes) for e in entries):
+        return [Read(operand, view)]
+    if math.prod(arg.shape[a] for a in axes) > CAP:
+        return [Read(operand, view, "sum over many places of a split axis")]
+    places = itertools.product(*(range(arg.shape[a]) for a in axes))
+    reads = []
+    for place in places:
+        at = dict(zip(axes, place, strict=True))
+        reads.append(Read(operand, tuple(Const(at[d]) if d in at else e for d, e in enumerate(view))))
+    return reads
 
 
 def _mixed(axes_of: Callable[[Params, int], Sequence[int]], reason: str) -> Rule:
@@ -178,7 +202,7 @@ def _triangular_solve(params: Params, args: Sequence[Arr], outs: Sequence[Shape]
 def _dot_general(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[list[Read]]:
     contract, batch = params["dimension_numbers"]
     out = itertools.count(len(batch[0]))
-    reads = []
+    reads: list[Read] = []
     for i in range(2):
         view: list[Entry] = []
         for d in range(len(args[i].shape)):
@@ -186,7 +210,7 @@ def _dot_general(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> 
                 view.append(Along(list(batch[i]).index(d)))
             else:
                 view.append(ALL if d in contract[i] else Along(next(out)))
-        reads.append(Read(i, tuple(view)))
+        reads += _one_by_one(i, args[i], tuple(view), contract[i])
     return [reads]
 
 
