@@ -35,6 +35,7 @@ from hivi._tree import Key, PyTree, structure
 from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 from hivi.topics.passes import Watch
+from hivi.topics.revival import revive
 
 LOCAL_PASSES = 60
 REFINING_RATE, REFINING_DRAWS = 0.1, 4
@@ -162,6 +163,8 @@ def train(
 ) -> TopicFit:
     """Passes over the corpus: first `warm_up` with point estimates of the weights, then with their posterior.
 
+    Topics that died in the warm-up come to life again between the two (`hivi.topics.revival`).
+
     Args:
         fit: where to go on from; it is moved on.
         passes: all passes, warm-up included.
@@ -189,6 +192,8 @@ def train(
         chosen = strategies(fit.stream.target, proposal, plug_in)
         advance(fit.stream, count, strategies=chosen, schedule=schedule, samples=samples, rng=rng, report=report)
         fit.passes += count
+        if plug_in:
+            revive(fit.stream, fit.architecture, np.random.default_rng(fit.passes))
     return fit
 
 
