@@ -218,7 +218,8 @@ def curvatures(names: list[str]) -> None:
         for layers in ((100,), (100, 30), (100, 30, 15)):
             if (f := known.get(_key(name, layers, 0))) is None:
                 continue
-            hvm = gains[_key(name, layers, 0)]
+            if (hvm := gains.get(_key(name, layers, 0))) is None:
+                continue
             rows.append((
                 name, "-".join(map(str, layers)), f"{f['with a direction']} of {f['documents']}",
                 f"{f['median']:+.3f}", f"{f['largest']:+.3f} ± {f['stderr']:.3f}", f"{f['to expect']:.4f}",
@@ -231,8 +232,9 @@ def curvatures(names: list[str]) -> None:
          "HVM gained"), rows,
         [
             "Eigenvalues in nats per unit variance of the natural parameters, gains in nats per document, at the mean-field fits",
-            f"of topics_hierarchy.md, seed 0; {TESTED} test documents, 2048 draws, after 400 more steps for their parameters.",
-            "A direction counts where its eigenvalue is above its noise. HVM gained: from the same fits, all test documents.",
+            f"of topics_hierarchy.md after their further passes, seed 0; {TESTED} test documents, 2048 draws, after 400 steps",
+            "for their parameters. A direction counts where its eigenvalue is above its noise. HVM gained: over these fits, all",
+            "test documents.",
         ],
     )  # fmt: skip
 

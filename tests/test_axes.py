@@ -216,6 +216,27 @@ LOOPS: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
 }
 
 
+def test_a_split_axis_of_one_latent_leaves_the_others_alone():
+    """What is read place by place is the latent whose axis was split, along the axes that were split."""
+    x, z = jnp.zeros((6, 20)), jnp.zeros(120)
+
+    def rows(x, z):
+        y = (x * z.reshape(6, 20)).sum(1)
+        return y[1:] * y[:-1]
+
+    (scope,), losses = run(rows, x, z, sites=("x", "z"))
+    assert scope["x"] == {(A0, ALL), (Along(0, 1), ALL)}
+    assert {loss.site for loss in losses} == {"z"}  # more than 32 places
+    (scope,), losses = run(
+        lambda x, z: (x * z.reshape(4, 64)).sum(1), jnp.zeros((4, 64)), jnp.zeros(256), sites=("x", "z")
+    )
+    assert scope["x"] == ROW
+    assert [loss.site for loss in losses] == ["z"]
+    assert maps(lambda z: z.reshape(4, 2, 40).sum((1, 2)), jnp.zeros((8, 40))) == {
+        (Along(0, 0, 2), ALL), (Along(0, 1, 2), ALL)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fn", "z", "expected"),
     [pytest.param(*case, id=name) for name, case in {**PRECISE, **INDEXED, **LOOPS}.items()],

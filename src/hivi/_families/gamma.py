@@ -27,8 +27,8 @@ class MeanFieldGamma(AbstractFamily):
         shape: shape parameter at the start, before any fit.
         rate: rate parameter at the start.
         tied: one rate for all coordinates that differ in their first index alone. Nothing is lost where log p is linear in
-            e^log w with the same coefficient for all of them, as a Poisson model is in the weights of one topic; and a
-            third of the work of a step is saved.
+            e^log w with the same coefficient for all of them, as a Poisson model is in the weights of one topic; and work
+            is saved.
 
     Example:
         >>> import hivi

@@ -108,7 +108,7 @@ def fit(
     _check_kinds(target, key)
     if samples is None:
         samples = 16 if target.source is None else 1
-    _check_counts(steps, samples)
+    steps, samples = _counts(steps, samples)
     if learning_rate is not None:
         require_positive("fit(learning_rate=...)", learning_rate, "0.01 is usual", FitError)
     if target.source is not None:
@@ -119,8 +119,8 @@ def fit(
         )  # fmt: skip
     make_room()
     given = _Settings(
-        key, steps, samples, _bound(bound), _resolve(estimator), optimizer, learning_rate, tolerance, progress, checkpoint,
-        mesh, start,
+        key=key, steps=steps, samples=samples, bound=_bound(bound), estimator=_resolve(estimator), optimizer=optimizer,
+        learning_rate=learning_rate, tolerance=tolerance, progress=progress, checkpoint=checkpoint, mesh=mesh, start=start,
     )  # fmt: skip
     run, family, why = _prepared(target, family, given, began)
     run.resume()
@@ -326,9 +326,10 @@ def _check_kinds(target: Any, key: Any) -> None:
     check_key("fit", key)
 
 
-def _check_counts(steps: int, samples: int) -> None:
+def _counts(steps: int, samples: int) -> tuple[int, int]:
     for name, value in (("steps", steps), ("samples", samples)):
         require_count(f"fit({name}=...)", value, "correct the number", error=FitError)
+    return int(steps), int(samples)
 
 
 def _probe(optimizer: optax.GradientTransformation) -> list[Any]:

@@ -116,6 +116,7 @@ class Fit:
         source = self.target.source
         samples = samples if samples is not None else (4096 if source is None else 8)
         require_count("Fit.elbo(samples=...)", samples, "ask for so many draws", 2, FitError)
+        samples = int(samples)
         if source is None:
             arguments = self.proposal, self.target, bound or self.bound, key
             effort = effort_of(log_weights, *arguments, steps=samples)
@@ -140,6 +141,7 @@ class Fit:
         """
         check_key("Fit.sample", key)
         require_count("Fit.sample(samples=...)", samples, "ask for so many draws", 1, FitError)
+        samples = int(samples)
         draws = _draws.at(effort_for(float(PER_PARAMETER * _size(self.proposal)), samples))(self.proposal, key, samples)
         if self.target is not None:
             return _constrain_target(self.target, draws)
@@ -164,6 +166,7 @@ class Fit:
         """
         check_key("Fit.log_prob", key)
         require_count("Fit.log_prob(samples=...)", samples, "ask for so many draws", 1, FitError)
+        samples = int(samples)
         batch = _batch_shape(self.sites, z)
         flat = {s.name: jnp.reshape(jnp.asarray(z[s.name]), (-1, *s.constrained_shape)) for s in self.sites}
         values = _log_density(self.proposal, self.sites, flat, key, samples)

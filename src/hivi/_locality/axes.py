@@ -182,13 +182,15 @@ class _Interpreter:
     def scope(self, name: str, reads: Sequence[Read], args: Sequence[Arr], shape: Shape) -> Scope:
         """Scope of an output of this shape that reads its operands so."""
         reads = [r for r in reads if args[r.operand].scope]
-        if len(reads) == 1 and reads[0].view is None and reads[0].place is None:
+        if len(reads) == 1 and reads[0].view is None and reads[0].place is None and reads[0].sites is None:
             return args[reads[0].operand].scope
         found: dict[str, list[tuple[AxisMap, tuple[int, Const | Along] | None]]] = {}
         extent = shape + self.loops
         for read in reads:
             view = _tight(read.view, args[read.operand].shape)
             for site, maps in args[read.operand].scope.items():
+                if read.sites is not None and site not in read.sites:
+                    continue
                 for m in maps:
                     new = m if view is None else tuple(compose(e, view, extent) for e in m)
                     if read.reason and new.count(ALL) > m.count(ALL):

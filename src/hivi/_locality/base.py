@@ -245,13 +245,14 @@ class Read(NamedTuple):
     """Elements of an output read `operand` at the indices `view` (None: at their own index).
 
     `reason` says what was not known where `view` is wider than the truth. `place` says that only
-    the elements at this index of one output axis read at all: (axis, index).
+    the elements at this index of one output axis read at all: (axis, index). `sites` says of which latents alone it speaks.
     """
 
     operand: int
     view: AxisMap | None = None
     reason: str = ""
     place: tuple[int, Const | Along] | None = None
+    sites: frozenset[str] | None = None
 
 
 class Unsupported(Exception):

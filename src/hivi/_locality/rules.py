@@ -147,16 +147,20 @@ def _one_by_one(operand: int, arg: Arr, view: AxisMap, axes: Sequence[int]) -> l
     Of a latent axis that was split, or gathered, along these and others an element needs only some places: it reads them
     one by one, as long as they are few.
     """
-    entries = (e for maps in arg.scope.values() for m in maps for e in m if isinstance(e, Table))
-    if all(set(e.axes).isdisjoint(axes) or set(e.axes).issubset(axes) for e in entries):
-        return [Read(operand, view)]
-    if math.prod(arg.shape[a] for a in axes) > CAP:
-        return [Read(operand, view, "sum over many places of a split axis")]
-    places = itertools.product(*(range(arg.shape[a]) for a in axes))
+    split: dict[frozenset[int], set[str]] = {}
+    for site, maps in arg.scope.items():
+        tables = [set(e.axes) for m in maps for e in m if isinstance(e, Table) and not set(e.axes) <= set(axes)]
+        split.setdefault(frozenset(axes).intersection(*[set().union(*tables)]), set()).add(site)
     reads = []
-    for place in places:
-        at = dict(zip(axes, place, strict=True))
-        reads.append(Read(operand, tuple(Const(at[d]) if d in at else e for d, e in enumerate(view))))
+    for among, sites in split.items():
+        own, count = frozenset(sites), math.prod(arg.shape[a] for a in among)
+        if not among or count > CAP:
+            reads.append(Read(operand, view, "sum over many places of a split axis" if among else "", sites=own))
+            continue
+        order = sorted(among)
+        for place in itertools.product(*(range(arg.shape[a]) for a in order)):
+            at = dict(zip(order, place, strict=True))
+            reads.append(Read(operand, tuple(Const(at[d]) if d in at else e for d, e in enumerate(view)), sites=own))
     return reads
 
 

@@ -35,7 +35,7 @@ from hivi._tree import Key, PyTree, structure
 from hivi.topics.batches import CorpusSource, Documents
 from hivi.topics.model import BATCH, Architecture, background, build_target, corpus_statistics, w_name, z_name
 from hivi.topics.passes import Watch
-from hivi.topics.revival import revive
+from hivi.topics.revival import part_of, revive
 
 LOCAL_PASSES = 60
 REFINING_RATE, REFINING_DRAWS = 0.1, 4
@@ -192,7 +192,7 @@ def train(
         chosen = strategies(fit.stream.target, proposal, plug_in)
         advance(fit.stream, count, strategies=chosen, schedule=schedule, samples=samples, rng=rng, report=report)
         fit.passes += count
-        if plug_in:
+        if plug_in and passes > warm:
             revive(fit.stream, fit.architecture, np.random.default_rng(fit.passes))
     return fit
 
@@ -356,7 +356,7 @@ def latent_means(
 def weight_means(architecture: Architecture, shared: PyTree, layer: int) -> np.ndarray:
     """E[w] as it acts, of one layer, from the shared parameters of a proposal."""
     name = w_name(layer)
-    part = next(p for p in shared.parts if name in {s.name for s in p.sites})
+    part = part_of(shared, name)
     if part.closed_form:
         return np.asarray(part.means()[name])
     location, log_scale = np.moveaxis(np.asarray(part.lam[name], np.float64), -1, 0)

@@ -2,8 +2,8 @@
 
 A sparse prior and point estimates of the weights let an unlucky topic lose all its words to others, and nothing brings it
 back: its rate is zero in every document. Where that happened, the words of the largest topic are dealt out at random
-between it and the dead one, which is given the other's place in the documents and in the layer above. No rate changes by that,
-and the passes that follow tell the two apart.
+between it and the dead one, which is given the other's place in the documents and in the layer above. That hardly changes a
+document's rates, and the passes that follow tell the two apart.
 
 Source: in the manner of the split moves of Bryant & Sudderth (2012), Truly Nonparametric Online Variational Inference for
 Hierarchical Dirichlet Processes.
@@ -37,7 +37,7 @@ def revive(stream: Stream, architecture: Architecture, rng: np.random.Generator)
     happens to other fits.
     """
     shared, words = stream.state.shared, w_name(0)
-    weights, documents = _part(shared, words), _part(shared, z_name(1))
+    weights, documents = part_of(shared, words), part_of(shared, z_name(1))
     if not isinstance(weights, GammaProposal) or not isinstance(_rows(documents), MeanFieldProposal):
         return 0
     prior, shape = architecture.priors.topic_shape, np.asarray(weights.shape[words], np.float64)
@@ -75,8 +75,9 @@ def split_largest(
     return counts, parents
 
 
-def _part(shared: PyTree, site: str) -> Any:
-    return next(p for p in shared.parts if site in {s.name for s in p.sites})
+def part_of(shared: PyTree, site: str) -> Any:
+    """The part of a proposal over several groups of sites that has this one; None where there is none."""
+    return next((p for p in shared.parts if site in {s.name for s in p.sites}), None)
 
 
 def _rows(part: Any) -> Any:
@@ -91,9 +92,11 @@ def _replaced(shared: PyTree, old: Any, new: Any) -> PyTree:
 def _above(shared: PyTree, parents: Int[np.ndarray, " topics"]) -> PyTree:
     """The shared parameters in which a new topic is to the layer above what its parent is."""
     for site in (w_name(1), "b1"):
-        part = next((p for p in shared.parts if site in {s.name for s in p.sites}), None)
+        part = part_of(shared, site)
         if isinstance(part, GammaProposal):
-            new: Any = dataclasses.replace(part, shape={**part.shape, site: part.shape[site][parents]})
+            moved = {site: part.shape[site][parents]}
+            rate = part.rate[site] if part.rate[site].shape[0] == 1 else part.rate[site][parents]
+            new: Any = dataclasses.replace(part, shape={**part.shape, **moved}, rate={**part.rate, site: rate})
             shared = _replaced(shared, part, new)
         elif isinstance(part, MeanFieldProposal):
             shared = _replaced(shared, part, dataclasses.replace(part, lam={**part.lam, site: part.lam[site][parents]}))
@@ -103,12 +106,12 @@ def _above(shared: PyTree, parents: Int[np.ndarray, " topics"]) -> PyTree:
 def _network(part: AmortisedProposal, parents: Int[np.ndarray, " topics"]) -> AmortisedProposal:
     """The network whose answers for a new topic are those for its parent; one of another kind stays as it is."""
     last = part.network.layers[-1] if isinstance(part.network, eqx.nn.MLP) else None
-    if not isinstance(last, eqx.nn.Linear):
+    if not isinstance(last, eqx.nn.Linear) or last.bias is None:
         return part
     width = part.row.parameters()[z_name(1)].shape[-1]
     places = np.arange(len(part.start))  # the first layer's come first
     places[: len(parents) * width] = (parents[:, None] * width + np.arange(width)).reshape(-1)
-    moved: list[Array] = [x[places] for x in (last.weight, last.bias, part.start)]  # type: ignore[index]
+    moved: list[Array] = [x[places] for x in (last.weight, last.bias, part.start)]
     return eqx.tree_at(lambda p: (p.network.layers[-1].weight, p.network.layers[-1].bias, p.start), part, moved)
 
 
@@ -116,7 +119,7 @@ def _records(stream: Stream, parents: Int[np.ndarray, " topics"]) -> None:
     """Give a new topic its parent's place in every document."""
     for ids in stream.source.blocks():
         own, moments = stream.layout.unpack(jnp.asarray(stream.records.read(ids)))
-        part = _part(own, z_name(1))
+        part = part_of(own, z_name(1))
         lam = {**part.lam, z_name(1): part.lam[z_name(1)][:, parents]}
         own = _replaced(own, part, dataclasses.replace(part, lam=lam))
         stream.records.write(ids, np.asarray(stream.layout.pack((own, moments))))
