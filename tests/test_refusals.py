@@ -175,6 +175,8 @@ RIGHT = (
     "hivi.ImportanceWeighted(outer=np.int64(2))",
     "hivi.MeanField(concentration=np.float64(2.0)).build(sites, key)",
     "hivi.fit(target, hivi.MeanField(), key=key, steps=10, progress=False, learning_rate=np.float32(0.01))",
+    "hivi.fit(target, hivi.MeanField(), key=key, steps=np.int64(10), samples=np.int64(2), progress=False)",
+    "quick.sample(key, np.int64(3))",
 )
 """NumPy's numbers, as a search over a grid gives them."""
 SCRIPT = """
