@@ -32,7 +32,7 @@ Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the
 
 @app.command(epilog=CODES)
 def bernoulli(out: Out = Path("runs/bernoulli"), steps: Steps = 10_000, seed: Seed = 0, json: Json = False) -> None:
-    """Figure 1 of the paper: tables of two and of three dependent Bernoullis (two to four minutes on two cores).
+    """Figure 1 of the paper: tables of two and of three dependent Bernoullis (one to two minutes on two cores).
 
     Mean-field against hierarchical families with flow and mixture priors: the bound with its standard error, the exact
     KL(q||p) in nats by quadrature, and q itself. Writes `figure1` (the tables) and `lambda` (the fitted priors).

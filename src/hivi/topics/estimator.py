@@ -68,7 +68,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         total_documents: size of the corpus of which `partial_fit` sees parts. After `fit` it is that of its documents.
         random_state: an int, a `numpy.random.RandomState`, or None for NumPy's global one, as everywhere in scikit-learn: with
             None, `numpy.random.seed` makes results repeat. It is read in `fit` (and at the first `partial_fit`) alone: what
-            a fitted model makes of documents is always the same.
+            a fitted model makes of the same X is always the same.
         verbose: 1 shows the progress of `fit` on standard error.
 
     Attributes:
@@ -192,7 +192,8 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def transform(self, X: Any) -> np.ndarray:
         """Topics of documents: E[z1 | x], (documents, layers[0]); an empty document has about the prior's.
 
-        The answer for a document depends a little on the others in X, by Monte Carlo noise.
+        A document's parameters are fitted with noise that its place in X decides: among other documents the answer may differ by
+        some tenths. `transform_passes=0`, the inference network's own answer, depends on the document alone.
         """
         check_is_fitted(self)
         documents = self._documents(X, "transform")
