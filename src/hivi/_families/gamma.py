@@ -179,9 +179,8 @@ LARGE = 1e9
 def digamma(x: Array) -> Array:
     """Digamma of positive numbers: recurrence to x + 4, then the asymptotic series; a fraction of the library's time."""
     low = jnp.minimum(x, LARGE)
-    u = low * (
-        low + 3
-    )  # x (x+1) (x+2) (x+3) is u (u+2), and its derivative over itself the sum of the four reciprocals
+    # x (x+1) (x+2) (x+3) is u (u+2), and its derivative over itself the sum of the four reciprocals.
+    u = low * (low + 3)
     shifted = (2 * low + 3) * (2 * u + 2) / (u * (u + 2))
     inverse = 1 / (x + 4)
     square = inverse * inverse
