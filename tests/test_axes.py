@@ -93,6 +93,17 @@ PRECISE: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
         {(Along(0, 1),), (Along(0, 2),)},
     ),
     "sums of both halves of a split axis": (lambda z: z.reshape(2, 3).sum(), VECTOR, {(ALL,)}),
+    "sum of a slice": (lambda z: z[1:4].sum(), VECTOR, {(Const(k),) for k in (1, 2, 3)}),
+    "sum of every other": (lambda z: z[::2].sum() * jnp.ones(4), VECTOR, {(Const(k),) for k in (0, 2, 4)}),
+    "sums of rows' heads": (lambda z: z[:, :2].sum(1), MATRIX, {(A0, Const(0)), (A0, Const(1))}),
+    "sum of a corner": (
+        lambda z: z[2:, 3:].sum(),
+        MATRIX,
+        {(Const(i), Const(j)) for i in (2, 3) for j in (3, 4)},
+    ),
+    "product of a slice": (lambda z: jnp.dot(z[:3], jnp.arange(3)), VECTOR, {(Const(k),) for k in (0, 1, 2)}),
+    "running sum of a slice": (lambda z: jnp.cumsum(z[3:5]), VECTOR, {(Const(3),), (Const(4),)}),
+    "sum of most of an axis": (lambda z: z[1:].sum(), VECTOR, {(ALL,)}),
     "two items": (lambda z: z[0] * z[4], VECTOR, {(Const(0),), (Const(4),)}),
     "sum of size 1": (lambda z: z[:, 1:2].sum(1), MATRIX, {(A0, Const(1))}),
     "row sums": (lambda z: z.sum(1), MATRIX, ROW),
@@ -135,6 +146,17 @@ INDEXED: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
         MATRIX,
         {(A0, Along(1, 1))},
     ),
+    "windows": (
+        lambda z: jax.vmap(lambda i: lax.dynamic_slice(z, (2 * i,), (2,)).sum())(jnp.arange(3)),
+        VECTOR,
+        {(Along(0, 0, 2),), (Along(0, 1, 2),)},
+    ),
+    "clipped windows": (
+        lambda z: jax.vmap(lambda i: lax.dynamic_slice(z, (i,), (2,)))(np.array([0, 1, 5])),
+        VECTOR,
+        {(table([0, 1], np.array([[0, 1], [1, 2], [4, 5]])),)},
+    ),
+    "sum of constants": (lambda z: z[np.array([0, 1, 5])].sum(), VECTOR, {(Const(k),) for k in (0, 1, 5)}),
     "modulo": (lambda z: z[jnp.arange(5) % 6], VECTOR, SAME1),
     "table": (lambda z: jnp.arange(7.0)[z], VECTOR, SAME1),
     "pair table": (lambda z: jnp.ones((6, 6))[z[0], z[1]], VECTOR, {(Const(0),), (Const(1),)}),
@@ -304,6 +326,9 @@ def test_the_cap_joins_and_says_so():
     (scope,), losses = run(lambda z: sum(z[i] for i in range(CAP + 1)), jnp.zeros(50))
     assert scope == {"z": total(1)}
     assert losses == [Loss("z", "add", f"more than {CAP} places")]
+    (scope,), losses = run(lambda z: z[: CAP + 1].sum(), jnp.zeros(3 * CAP))
+    assert scope == {"z": {(ALL,)}}
+    assert losses == [Loss("z", "reduce_sum", f"reads more than {CAP} places of a part of an axis")]
 
 
 def test_an_accumulator_is_reported():

@@ -7,6 +7,8 @@ everything that went in, with a `Loss` that says where.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ from hivi._locality.base import (
     compose,
     identity,
     total,
+    used,
 )
 from hivi._locality.indexing import INDEXING
 from hivi._locality.integers import FOLDED, along, fit, fit_columns, fold, side_by_side
@@ -182,20 +185,24 @@ class _Interpreter:
     def scope(self, name: str, reads: Sequence[Read], args: Sequence[Arr], shape: Shape) -> Scope:
         """Scope of an output of this shape that reads its operands so."""
         reads = [r for r in reads if args[r.operand].scope]
-        if len(reads) == 1 and reads[0].view is None and reads[0].place is None and reads[0].sites is None:
+        if len(reads) == 1 and reads[0].view is None and reads[0].place is None:
             return args[reads[0].operand].scope
         found: dict[str, list[tuple[AxisMap, tuple[int, Const | Along] | None]]] = {}
         extent = shape + self.loops
         for read in reads:
-            view = _tight(read.view, args[read.operand].shape)
+            own = args[read.operand].shape
+            view = _tight(read.view, own)
             for site, maps in args[read.operand].scope.items():
-                if read.sites is not None and site not in read.sites:
-                    continue
                 for m in maps:
-                    new = m if view is None else tuple(compose(e, view, extent) for e in m)
-                    if read.reason and new.count(ALL) > m.count(ALL):
-                        self.losses[Loss(site, name, read.reason)] = None
-                    found.setdefault(site, []).append((new, read.place))
+                    if view is None:
+                        found.setdefault(site, []).append((m, read.place))
+                        continue
+                    views, reason = _one_by_one(m, view, own, self.sizes[site])
+                    for v in views:
+                        new = tuple(compose(e, v, extent) for e in m)
+                        if (reason or read.reason) and new.count(ALL) > m.count(ALL):
+                            self.losses[Loss(site, name, read.reason or reason)] = None
+                        found.setdefault(site, []).append((new, read.place))
         return self._noted(name, {site: merge_reads(f, extent, self.sizes[site]) for site, f in found.items()})
 
     def merged(self, name: str, found: dict[str, set[AxisMap]], shape: Shape) -> Scope:
@@ -231,6 +238,25 @@ class _Interpreter:
                 scope[site] = frozenset({join([*maps, *old.get(site, ())])})
                 self.losses[Loss(site, name, "accumulates over steps")] = None
         return scope
+
+
+def _one_by_one(m: AxisMap, view: AxisMap, shape: Shape, sizes: Shape) -> tuple[list[AxisMap], str]:
+    """Views that together read what `view` reads of an array of this shape, and what is lost by it (or "").
+
+    Where an element reads a whole axis of an array, as a sum does, and this holds a few places of a latent axis only (a slice,
+    a split or gathered axis), it reads these places one by one.
+    """
+    among: set[int] = set()
+    for e, size in zip(m, sizes, strict=True):
+        over = [a for a in used(e) if a >= 0 and isinstance(view[a], All)]
+        count = math.prod(shape[a] for a in over)
+        among.update(over if count < size and (2 * count <= size or len(over) < len(used(e))) else ())
+    if not among:
+        return [view], ""
+    if math.prod(shape[a] for a in among) > CAP:
+        return [view], f"reads more than {CAP} places of a part of an axis"
+    places = itertools.product(*(range(n) if a in among else [None] for a, n in enumerate(shape)))
+    return [tuple(e if k is None else Const(k) for e, k in zip(view, place, strict=True)) for place in places], ""
 
 
 def _tight(view: AxisMap | None, shape: Shape) -> AxisMap | None:

@@ -245,14 +245,13 @@ class Read(NamedTuple):
     """Elements of an output read `operand` at the indices `view` (None: at their own index).
 
     `reason` says what was not known where `view` is wider than the truth. `place` says that only
-    the elements at this index of one output axis read at all: (axis, index). `sites` says of which latents alone it speaks.
+    the elements at this index of one output axis read at all: (axis, index).
     """
 
     operand: int
     view: AxisMap | None = None
     reason: str = ""
     place: tuple[int, Const | Along] | None = None
-    sites: frozenset[str] | None = None
 
 
 class Unsupported(Exception):

@@ -33,8 +33,8 @@ from hivi._locality.base import (
 _SHARED = 8  # updates of one element that are told apart
 
 
-def _window(axis: int | None, start: Known | None, size: int, length: int, mode: str) -> Entry:
-    """Index read on an operand axis of `length` by a window of `size` that runs along `axis` of the output.
+def _window(axis: int | None, start: Known | None, size: int, length: int, mode: str, out: Shape) -> Entry:
+    """Index read on an operand axis of `length` by a window of `size` that runs along `axis` of the output, of shape `out`.
 
     `axis` is None where the output has no such axis (size 1). `mode` tells what happens to windows
     that are not inside: CLIP moves them, FILL_OR_DROP does not read, otherwise it is not known.
@@ -51,7 +51,13 @@ def _window(axis: int | None, start: Known | None, size: int, length: int, mode:
         entry = found
     if isinstance(entry, Const):
         return entry if axis is None else Along(axis, entry.index)
-    return entry if size == 1 else ALL
+    if size == 1:
+        return entry
+    axes = sorted({*used(entry), axis} if axis is not None else used(entry))
+    if axis is None or axes[0] < 0 or math.prod(out[a] for a in axes) > LIMIT:
+        return ALL
+    starts = values(entry, axes, out)
+    return table(axes, np.where(starts < 0, NOWHERE, starts + values(Along(axis), axes, out)))
 
 
 def _clipped(entry: Entry, high: int) -> Entry | None:
@@ -66,7 +72,9 @@ def _dynamic_slice(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -
     sizes = params["slice_sizes"]
     if len(starts) != len(operand.shape):
         raise Unsupported
-    view = tuple(_window(d, starts[d].known, sizes[d], length, "CLIP") for d, length in enumerate(operand.shape))
+    view = tuple(
+        _window(d, starts[d].known, sizes[d], length, "CLIP", outs[0]) for d, length in enumerate(operand.shape)
+    )
     return [[Read(0, view, "slice at an unknown index"), *(Read(i + 1, ()) for i in range(len(starts)))]]
 
 
@@ -93,7 +101,7 @@ def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
             continue
         axis = None if d in numbers.collapsed_slice_dims else next(offsets)
         start = columns[indexed.index(d)] if d in indexed else constant(0)
-        view.append(_window(axis, start, size, length, mode))
+        view.append(_window(axis, start, size, length, mode, outs[0]))
     if len(views) > CAP:
         views = [(*map(Along, batch), ALL)]
     return [[Read(0, tuple(view), "index is not known"), *(Read(1, v) for v in views)]]

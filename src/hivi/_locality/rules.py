@@ -26,7 +26,6 @@ from hivi._locality.base import (
     Read,
     Rule,
     Shape,
-    Table,
     Unsupported,
     table,
 )
@@ -134,34 +133,7 @@ def _reduce(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
     axes = [int(a) for a in (params["axes"] if "axes" in params else params["dimensions"])]
     rank = len(outs[0]) + len(axes)
     view = tuple(_without(axes, rank, ALL))
-    whole = [len(a.shape) == rank for a in args]
-    reads = [
-        _one_by_one(i, a, view, axes) if w else [Read(i, ())] for i, (a, w) in enumerate(zip(args, whole, strict=True))
-    ]
-    return [list(itertools.chain(*reads))] * len(outs)
-
-
-def _one_by_one(operand: int, arg: Arr, view: AxisMap, axes: Sequence[int]) -> list[Read]:
-    """Reads of an operand that is added up over some axes.
-
-    Of a latent axis that was split, or gathered, along these and others an element needs only some places: it reads them
-    one by one, as long as they are few.
-    """
-    split: dict[frozenset[int], set[str]] = {}
-    for site, maps in arg.scope.items():
-        tables = [set(e.axes) for m in maps for e in m if isinstance(e, Table) and not set(e.axes) <= set(axes)]
-        split.setdefault(frozenset(axes).intersection(*[set().union(*tables)]), set()).add(site)
-    reads = []
-    for among, sites in split.items():
-        own, count = frozenset(sites), math.prod(arg.shape[a] for a in among)
-        if not among or count > CAP:
-            reads.append(Read(operand, view, "sum over many places of a split axis" if among else "", sites=own))
-            continue
-        order = sorted(among)
-        for place in itertools.product(*(range(arg.shape[a]) for a in order)):
-            at = dict(zip(order, place, strict=True))
-            reads.append(Read(operand, tuple(Const(at[d]) if d in at else e for d, e in enumerate(view)), sites=own))
-    return reads
+    return [[Read(i, view if len(a.shape) == rank else ()) for i, a in enumerate(args)]] * len(outs)
 
 
 def _mixed(axes_of: Callable[[Params, int], Sequence[int]], reason: str) -> Rule:
@@ -214,7 +186,7 @@ def _dot_general(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> 
                 view.append(Along(list(batch[i]).index(d)))
             else:
                 view.append(ALL if d in contract[i] else Along(next(out)))
-        reads += _one_by_one(i, args[i], tuple(view), contract[i])
+        reads.append(Read(i, tuple(view)))
     return [reads]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -332,7 +333,16 @@ def _coordinates(s: Site) -> str:
 
 
 def _maps(site: str, maps: Any) -> str:
-    return " and ".join(sorted(f"{site}[{', '.join(_entry(e) for e in m)}]" for m in maps))
+    ordered = sorted(maps, key=lambda m: [(type(e).__name__, e) for e in m])
+    fixed = [m for m in ordered if len(m) == 1 and type(m[0]).__name__ == "Const"]
+    shown = _ranges([m[0].index for m in fixed]) + [", ".join(_entry(e) for e in m) for m in ordered if m not in fixed]
+    return " and ".join(f"{site}[{entry}]" for entry in shown)
+
+
+def _ranges(places: list[int]) -> list[str]:
+    """Places, three and more in a row as a slice."""
+    runs = [[k for _, k in run] for _, run in itertools.groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
+    return [text for r in runs for text in ([f"{r[0]}:{r[-1] + 1}"] if len(r) > 2 else map(str, r))]
 
 
 def _entry(entry: Any) -> str:
