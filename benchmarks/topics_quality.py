@@ -44,7 +44,7 @@ from hivi.topics import (
     train,
 )  # fmt: skip
 from hivi.topics.document_curvature import document_curvature
-from hivi.topics.fitting import posterior_means
+from hivi.topics.inference import posterior_means
 from hivi.topics.trained import without_documents
 
 ROOT = Path(__file__).resolve().parent.parent

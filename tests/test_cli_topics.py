@@ -29,8 +29,9 @@ from hivi.topics.base import Corpus
 from hivi.topics.batches import CorpusSource, Counts
 from hivi.topics.document_curvature import at_views, document_curvature
 from hivi.topics.estimator import DeepExponentialFamily
-from hivi.topics.fitting import Inference, hierarchical, proposal_for
+from hivi.topics.fitting import hierarchical, proposal_for
 from hivi.topics.heldout import Scores, make_split
+from hivi.topics.inference import Inference
 from hivi.topics.model import Architecture, build_target, corpus_statistics
 from hivi.topics.passes import watching
 from hivi.topics.provenance import Provenance, provenance, signatures

@@ -20,7 +20,7 @@ from hivi._errors import TargetError
 from hivi._estimators.base import Evaluation, Part
 from hivi._estimators.surrogate import terms_by_view, viewed_terms
 from hivi._fit.stream import with_rows
-from hivi.topics import fitting, kernels
+from hivi.topics import fitting, inference, kernels
 from hivi.topics.base import Corpus
 from hivi.topics.batches import CorpusSource, Counts, pack
 from hivi.topics.heldout import make_split, perplexity, unigram
@@ -400,7 +400,7 @@ def test_planted_topics_are_found(latent):
     train = corpus.subset(split.train)
     fit = fitting.start(train, Architecture((6,), latent), key=jax.random.key(0), batch=40)
     fitting.train(fit, 30, rng=np.random.default_rng(0), warm_up=10)
-    found = fitting.infer(fit, Counts(split.observed), key=jax.random.key(1), passes=30)
+    found = inference.infer(fit, Counts(split.observed), key=jax.random.key(1), passes=30)
     mixture = np.concatenate([found.layers[0], np.ones((len(split.test), 1))], 1)
     topics = np.concatenate([fit.weights().T, fit.floor()[None]])
     simplest = perplexity(np.ones((len(split.test), 1)), unigram(train)[None], split.heldout)

@@ -33,7 +33,7 @@ from hivi._fit.stream import OUTLIER, Schedule, _free_adam, _tempered, condition
 from hivi._fit.streamed import of_a_batch
 from hivi._fit.streaming import advance
 from hivi._target.base import Target
-from hivi.topics import fitting, trained
+from hivi.topics import fitting, inference, trained
 from hivi.topics.base import Corpus
 from hivi.topics.model import Architecture, Priors, deep_exponential_family
 from test_proper_weighting import assert_mean_is_one, ratios
@@ -314,8 +314,8 @@ def test_growing_starts_at_the_mean_field_bound(mean_field):
 
 def test_a_mean_over_documents_holds_one_block(mean_field, monkeypatch):
     """Right, and of the size of a block of documents, not of all; `posterior_means` is the control."""
-    stream = fitting.opened(mean_field, corpus(70, 8), 16, key=jax.random.key(0))
-    each = fitting.posterior_means(stream, ARCHITECTURE, key=KEY)[0]
+    stream = inference.opened(mean_field, corpus(70, 8), 16, key=jax.random.key(0))
+    each = inference.posterior_means(stream, ARCHITECTURE, key=KEY)[0]
     assert each.shape == (70, 2)
     np.testing.assert_allclose(trained.unit_means(stream, ARCHITECTURE, KEY)[0], each.mean(0), rtol=1e-5)
     units, wide = 4000, Architecture((4000,))
@@ -332,10 +332,10 @@ def test_a_mean_over_documents_holds_one_block(mean_field, monkeypatch):
         tracemalloc.stop()
         return found / (70 * units * 4)
 
-    for module in (fitting, trained):
+    for module in (inference, trained):
         monkeypatch.setattr(module, "latent_means", latent_means)
     assert peak(lambda: trained.unit_means(stream, wide, KEY)) < 0.8
-    assert peak(lambda: fitting.posterior_means(stream, wide, key=KEY)) > 1.0
+    assert peak(lambda: inference.posterior_means(stream, wide, key=KEY)) > 1.0
 
 
 # Inference networks
@@ -378,15 +378,15 @@ def test_without_a_skip_the_start_is_near():
 def test_unseen_documents_start_at_the_encoders_answer(network):
     """With no passes it stands as it is; with many the bound is no lower."""
     new = corpus(6, 8, 9, 1.5)
-    found = fitting.infer(network, new, key=jax.random.key(6), samples=400, passes=0)
+    found = inference.infer(network, new, key=jax.random.key(6), samples=400, passes=0)
     state = network.stream.state.shared
-    source = fitting.CorpusSource(new, 6, "poisson", local=True)
-    target = fitting.build_target(ARCHITECTURE, source, network.statistics)
+    source = inference.CorpusSource(new, 6, "poisson", local=True)
+    target = inference.build_target(ARCHITECTURE, source, network.statistics)
     local = next(p for p in state.parts if p.sites[0].local is not None)
     features = target.features(network.stream.proposal(np.arange(5)).centre(), target.data)
     rates = np.exp(jax.vmap(local.network)(features) + local.start + features[:, :2])
     np.testing.assert_allclose(found.layers[0], rates, rtol=1e-4)
-    refined = fitting.infer(network, new, key=jax.random.key(6), samples=400, passes=300)
+    refined = inference.infer(network, new, key=jax.random.key(6), samples=400, passes=300)
     assert refined.bound.sum() > found.bound.sum() - 0.5
 
 

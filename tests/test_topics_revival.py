@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hivi.topics import Architecture, Corpus, amortised, liveness, start, train
-from hivi.topics.fitting import posterior_means
+from hivi.topics.inference import posterior_means
 from hivi.topics.revival import DEAD, revive, split_largest
 
 RNG = np.random.default_rng(0)

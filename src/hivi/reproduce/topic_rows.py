@@ -17,9 +17,10 @@ from hivi._families.mean_field import MeanField
 from hivi._fit.result import Estimate
 from hivi.topics.base import Corpus
 from hivi.topics.document_curvature import PASSES, document_curvature
-from hivi.topics.fitting import LOCAL_PASSES, TopicFit, grow, hierarchical, start
+from hivi.topics.fitting import TopicFit, grow, hierarchical, start
 from hivi.topics.fitting import train as go_on
 from hivi.topics.heldout import Scores, Split, paired_difference
+from hivi.topics.inference import LOCAL_PASSES
 from hivi.topics.model import BATCH, Architecture, Latent
 from hivi.topics.scoring import HeldOut, hold_out
 from hivi.topics.trained import Trained, without_documents

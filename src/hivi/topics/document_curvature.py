@@ -22,7 +22,8 @@ from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.base import as_counts
 from hivi.topics.batches import Counts
-from hivi.topics.fitting import opened, strategies
+from hivi.topics.fitting import strategies
+from hivi.topics.inference import opened
 from hivi.topics.trained import Trained
 
 PASSES = 100

@@ -23,8 +23,9 @@ from hivi.topics.base import Corpus, as_counts, check_same_words
 from hivi.topics.batches import Counts
 from hivi.topics.coherence import liveness
 from hivi.topics.document_curvature import document_curvature
-from hivi.topics.fitting import Inference, amortised, hierarchical
+from hivi.topics.fitting import amortised, hierarchical
 from hivi.topics.heldout import perplexity
+from hivi.topics.inference import Inference
 from hivi.topics.model import Architecture, Priors
 from hivi.topics.passes import Watch, levelled_off, watching
 from hivi.topics.scoring import predictive

@@ -10,8 +10,9 @@ from jaxtyping import Float64, Int64
 
 from hivi.topics.base import as_counts
 from hivi.topics.batches import Counts
-from hivi.topics.fitting import Inference, TopicFit
+from hivi.topics.fitting import TopicFit
 from hivi.topics.heldout import Scores, log_scores
+from hivi.topics.inference import Inference
 from hivi.topics.show import unit_shares
 from hivi.topics.trained import Trained, infer
 

@@ -23,20 +23,8 @@ from hivi._space import Plate
 from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.batches import PLATE, CorpusSource, Counts, Documents
-from hivi.topics.fitting import (
-    LOCAL_PASSES,
-    Inference,
-    TopicFit,
-    grow,
-    inferred,
-    latent_means,
-    posterior_means,
-    proposal_for,
-    read,
-    start,
-    strategies,
-    train,
-)
+from hivi.topics.fitting import TopicFit, grow, proposal_for, start, strategies, train
+from hivi.topics.inference import LOCAL_PASSES, Inference, inferred, latent_means, posterior_means, read
 from hivi.topics.model import Architecture, build_target, corpus_statistics, z_name
 from hivi.topics.passes import Watch
 
@@ -189,7 +177,7 @@ def absorb(
 def infer(
     trained: Trained, documents: Documents, *, passes: int | None = None, samples: int = MEAN_SAMPLES
 ) -> Inference:
-    """Latents of documents, and each one's share of the bound; see `hivi.topics.fitting.infer`.
+    """Latents of documents, and each one's share of the bound; see `hivi.topics.inference.infer`.
 
     Args:
         trained: the model; the same model and documents give the same answer.
