@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from optax.tree_utils import tree_get
 
 import hivi
 from cases import perturbed, quick, states, total
@@ -336,6 +337,48 @@ def test_a_mean_over_documents_holds_one_block(mean_field, monkeypatch):
         monkeypatch.setattr(module, "latent_means", latent_means)
     assert peak(lambda: trained.unit_means(stream, wide, KEY)) < 0.8
     assert peak(lambda: inference.posterior_means(stream, wide, key=KEY)) > 1.0
+
+
+def test_growing_keeps_what_adam_knows_of_lambda(mean_field):
+    """Its moments and count; nothing of the scales, which mean-field has not. The first steps are no longer than mean-field's."""
+    grown = fitting.grow(mean_field, SHARED, key=jax.random.key(5))
+    ids = np.arange(len(SMALL.lengths()))
+    known, found = (f.stream.layout.unpack(jnp.asarray(f.stream.records.read(ids)))[1] for f in (mean_field, grown))
+    for name in ("mu", "nu"):
+        before = np.concatenate([x.reshape(len(ids), -1) for x in jax.tree.leaves(tree_get(known, name))], 1)
+        after = [np.asarray(x) for x in jax.tree.leaves(tree_get(found, name))]
+        assert np.abs(before).max() > 0
+        np.testing.assert_array_equal(sorted(np.abs(x).max() for x in after), [0, np.abs(before).max()])
+        np.testing.assert_array_equal(next(x for x in after if np.any(x)), before)
+    np.testing.assert_array_equal(tree_get(found, "count"), tree_get(known, "count"))
+
+
+def test_new_documents_of_a_hierarchy_start_at_their_mean_field_optimum(mean_field):
+    """After the first half of the steps, and before the second, q is the mean-field one up to a narrow lambda."""
+    new, hvm = corpus(9, 8, 3), fitting.grow(mean_field, SHARED, key=jax.random.key(5))
+    flat, _ = inference.inferred(mean_field, new, key=KEY, passes=1)
+    grown, _ = inference.inferred(hvm, new, key=KEY, passes=1)
+    right, found = (inference.posterior_means(s, ARCHITECTURE, key=KEY) for s in (flat, grown))
+    fresh = inference.posterior_means(inference.inferred(hvm, new, key=KEY, passes=0)[0], ARCHITECTURE, key=KEY)
+    for a, b, c in zip(right, found, fresh, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0.1)
+        assert np.abs(c / a - 1).max() > 0.2
+
+
+def test_small_steps_leave_less_noise(mean_field):
+    """What two fits of the same documents differ by, after as many steps of the usual size and after half of them small."""
+    new = corpus(40, 8, 4)
+
+    def spread(means: list[np.ndarray]) -> float:
+        return float(np.mean(np.abs(np.log(means[0]) - np.log(means[1]))))
+
+    def coarse(key: Any) -> np.ndarray:
+        stream = inference.opened(mean_field, new, 64, key=key)
+        return inference.posterior_means(inference._moved(stream, 120, 0.3)[0], ARCHITECTURE, key=KEY)[0]
+
+    keys = jax.random.split(KEY)
+    fine = [inference.infer(mean_field, new, key=k).layers[0] for k in keys]
+    assert spread(fine) < 0.8 * spread([coarse(k) for k in keys])
 
 
 # Inference networks

@@ -16,6 +16,7 @@ from hivi._errors import FitError, message, require_count
 from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_conditionals
 from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
+from hivi._estimators.enumeration import Enumeration
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.measured import Measured, Setting, measure_each
@@ -44,11 +45,12 @@ class Auto(AbstractEstimator):
     """Pathwise for continuous sites; for discrete ones what is exact and cheap, and else what measures best.
 
     A discrete site whose exact local expectation (or difference) costs at most `cheap` evaluations, or `work` elementary
-    operations, gets it: to compile the alternatives would take longer than a fit. For others a fit takes 100 steps of
-    warm-up, then measures every strategy that can serve the site (exact ones within `budget`, DisARM, double control
-    variates, the score function with leave-one-out baseline): the variance of the gradient over 64 draws, times its
-    elementary operations, counted, so that the choice depends on the key alone and not on the machine's mood. The best
-    product wins, and the fit starts afresh with it.
+    operations, gets it; one of at most `cheap` joint values, whose lambda is not random, the sum over all of these. To
+    compile the alternatives would take longer than a fit. For others a fit takes 100 steps of warm-up, then measures every
+    strategy that can serve the site (exact ones within `budget`, DisARM, double control variates, the score function with
+    leave-one-out baseline): the variance of the gradient over 64 draws, times its elementary operations, counted, so that
+    the choice depends on the key alone and not on the machine's mood. The best product wins, and the fit starts afresh with
+    it.
 
     Args:
         budget: the most evaluations of a site's factors that one draw may cost with an exact strategy; more for a table in one
@@ -79,13 +81,13 @@ class Auto(AbstractEstimator):
         """One choice per site, with the number of evaluations it costs and the reason."""
         conditionals = abstract_conditionals(proposal)
         palette = site_colours(target, proposal, bound)
-        closed = closed_sites(target, proposal)
+        closed, fixed = closed_sites(target, proposal), proposal.parameters()
         return [
             Choice(s.name, Expectation(), 1, "log p meets it through means that its family has in closed form")
             if s.name in closed
             else Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
             if s.name in proposal.upstream
-            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1), target)
+            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1), target, s.name in fixed)
             if s.discrete
             else _continuous(s, proposal, bound)
             for s in target.sites
@@ -94,7 +96,8 @@ class Auto(AbstractEstimator):
             for s in proposal.above
         ]
 
-    def _choose(self, site: Site, conditional: Conditional | None, count: int, target: Target) -> Choice:
+    def _choose(self, site: Site, conditional: Conditional | None, count: int, target: Target, fixed: bool) -> Choice:
+        """`count` is its colours; `fixed`, whether its lambda is not random, so that a sum over all values leaves no noise."""
         plural = f"{count} colour{'s' * (count != 1)}"
         if conditional is None:
             raise FitError(
@@ -111,6 +114,9 @@ class Auto(AbstractEstimator):
         short = table and count == 1 and cost > self.budget and cost * _evaluation(target) <= 10 * self.work
         if cost > self.budget and not short:
             return Choice(site.name, Score(), 1, f"exact would cost {cost} evaluations ({plural}), over {self.budget}")
+        joint = site.values.count ** math.prod(site.batch_shape) if table and fixed and count > 1 else math.inf
+        if joint <= self.cheap and joint * _evaluation(target) <= self.work and site.local is None:
+            return Choice(site.name, Enumeration(), int(joint), f"all its {joint} joint values summed")
         if table:
             why = f"finite support of {site.values.count} values: every value summed, {plural}"
             return Choice(site.name, LocalExpectation(), cost, why)

@@ -227,14 +227,9 @@ class AbstractProposal(eqx.Module):
 
     def centres(self) -> PyTree:
         """A tree like this proposal: which arrays are the location and scale of its value, as a prior that rows share."""
-        raise FamilyError(
-            message(
-                "Hierarchical(shared=True)",
-                f"the prior {type(self).__name__}, which has no location and scale apart from the rest",
-                "Flow() or MeanField()",
-                "use one of them, or shared=False",
-            )
-        )
+        found = f"the prior {type(self).__name__}, which has no location and scale apart from the rest"
+        cure = "use one of them, or shared=False"
+        raise FamilyError(message("Hierarchical(shared=True)", found, "Flow() or MeanField()", cure))
 
     def precondition(self, rule: Callable[[Array], Array]) -> AbstractProposal:
         """For a gradient of a prior over lambda: itself with `rule` applied to the location's part, where there is one."""
@@ -249,6 +244,10 @@ class AbstractProposal(eqx.Module):
         raise FamilyError(
             message("growing from a mean-field fit", type(self).__name__, "a hierarchical family", "use Hierarchical()")
         )
+
+    def along_lambda(self, lam: dict[str, Array]) -> AbstractProposal:
+        """For an optimiser's moments of such an optimum: a tree like this proposal, `lam` where lambda is centred, else zero."""
+        return jax.tree.map(jnp.zeros_like, self)
 
     def owned(self) -> PyTree:
         """A tree like this proposal: whether an array has one slice per row of the subsampled plate, as its first axis."""

@@ -345,6 +345,11 @@ class HierarchicalProposal(AbstractProposal):
     def grown(self, lam: dict[str, Array]) -> HierarchicalProposal:
         return self._at(self._link.join(lam), self._link.join({s.name: narrow(s, lam[s.name]) for s in self.sites}))
 
+    def along_lambda(self, lam: dict[str, Array]) -> HierarchicalProposal:
+        zero: HierarchicalProposal = jax.tree.map(jnp.zeros_like, self)
+        location = self._link.join(lam)
+        return zero._at(location, jnp.ones_like(location))
+
     def _at(self, location: Array, scale: Array) -> HierarchicalProposal:
         return HierarchicalProposal(self.sites, self.prior.recentre(location, scale), self.auxiliary, self.shared)
 

@@ -197,8 +197,12 @@ class RowsProposal(AbstractProposal):
 
     def grown(self, lam: dict[str, Array]) -> RowsProposal:
         flags = self._flags()
-        inside = {s.name: jnp.moveaxis(lam[s.name], s.local[1], 0) for s in self.sites if s.local is not None}
-        moved = self._each(lambda p, v: eqx.filter(p.grown(v), flags), inside)
+        moved = self._each(lambda p, v: eqx.filter(p.grown(v), flags), self._in(lam))
+        return self._with(eqx.combine(moved, self._split()[1]))
+
+    def along_lambda(self, lam: dict[str, Array]) -> RowsProposal:
+        flags = self._flags()
+        moved = self._each(lambda p, v: eqx.filter(p.along_lambda(v), flags), self._in(lam))
         return self._with(eqx.combine(moved, self._split()[1]))
 
     def natural(self, gradient: PyTree) -> PyTree:

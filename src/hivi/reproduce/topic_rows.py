@@ -66,7 +66,7 @@ class Plan:
     peers: bool = True
     family: AbstractFamily = dataclasses.field(default_factory=hierarchical)
     local_passes: int = LOCAL_PASSES
-    settled_passes: int = 4 * LOCAL_PASSES
+    settled_passes: int = 2 * LOCAL_PASSES
     tested: int = 64
     draws: int = 2048
     curvature_passes: int = PASSES

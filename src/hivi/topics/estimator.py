@@ -65,7 +65,7 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         warm_up: passes at the start with point estimates of the weights; at most half of `passes`.
         batch_size: documents per minibatch, at most.
         transform_passes: gradient steps per document, for documents that are not part of `fit`; 60 if None, also from where
-            an inference network starts them.
+            an inference network starts them. Without a network as many small ones follow, but in `partial_fit`.
         total_documents: size of the corpus of which `partial_fit` sees parts. After `fit` it is that of its documents.
         random_state: an int, a `numpy.random.RandomState`, or None for NumPy's global one, as everywhere in scikit-learn: with
             None, `numpy.random.seed` makes results repeat. It is read in `fit` (and at the first `partial_fit`) alone: what

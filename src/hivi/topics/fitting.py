@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from optax.tree_utils import tree_get, tree_set
 
 from hivi._bounds import Elbo
 from hivi._estimators.auto import Auto
@@ -183,31 +185,42 @@ def proposal_closed(fit: TopicFit) -> bool:
 
 def grow(fit: TopicFit, family: AbstractFamily, *, key: Key) -> TopicFit:
     """A fit of a hierarchical family that starts at a mean-field fit's optimum: same weights, lambda narrow around its own."""
-    target = fit.stream.target
-    k1, k2 = jax.random.split(key)
-    fresh = proposal_for(target, fit.architecture, family, k1)
-    grown = open_stream(target, fresh, k2)
-    for ids in fit.stream.source.blocks():
-        lam = fit.stream.proposal(ids).parameters()
-        own, _ = split_rows(_grown(fresh, lam))
-        grown.records.write(ids, np.asarray(grown.layout.pack((own, row_moments(own)))))
-    grown.state = dataclasses.replace(grown.state, shared=_with_weights(grown.state.shared, fit.stream.state.shared))
+    grown = grown_rows(fit.stream, fit.architecture, family, key)
+    grown.state = dataclasses.replace(grown.state, shared=with_weights(grown.state.shared, fit.stream.state.shared))
     grown.steps, grown.settled = fit.stream.steps, fit.stream.settled
     return TopicFit(fit.architecture, family, fit.statistics, grown, fit.passes, fit.batch)
 
 
-def _grown(proposal: PyTree, lam: dict[str, Array]) -> PyTree:
-    parts = tuple(p.grown(lam) if p.sites[0].local is not None else p for p in proposal.parts)
-    return eqx.tree_at(lambda p: p.parts, proposal, parts)
+def grown_rows(stream: Stream, architecture: Architecture, family: AbstractFamily, key: Key) -> Stream:
+    """A stream of a hierarchical family, each document at its mean-field optimum; shared parameters are fresh.
+
+    Adam keeps what it knows of lambda: without it the first steps are as long as those from a far start.
+    """
+    k1, k2 = jax.random.split(key)
+    fresh: PyTree = proposal_for(stream.target, architecture, family, k1)
+    grown = open_stream(stream.target, fresh, k2)
+
+    def placed(own: PyTree, how: Callable[[AbstractProposal, dict[str, Array]], AbstractProposal]) -> PyTree:
+        lam = eqx.combine(own, stream.state.shared).parameters()
+        parts = tuple(how(p, lam) if p.sites[0].local is not None else p for p in fresh.parts)
+        return split_rows(eqx.tree_at(lambda p: p.parts, fresh, parts))[0]
+
+    for ids in stream.source.blocks():
+        own, known = stream.layout.unpack(jnp.asarray(stream.records.read(ids)))
+        start = placed(own, lambda p, lam: p.grown(lam))
+        moments = {name: placed(tree_get(known, name), lambda p, lam: p.along_lambda(lam)) for name in ("mu", "nu")}
+        moments = tree_set(row_moments(start), count=tree_get(known, "count"), **moments)
+        grown.records.write(ids, np.asarray(grown.layout.pack((start, moments))))
+    return grown
 
 
-def _with_weights(shared: PyTree, trained: PyTree) -> PyTree:
-    """The shared parameters with the weights of another fit."""
-    known = {tuple(s.name for s in p.sites): p for p in trained.parts}
+def with_weights(shared: PyTree, trained: PyTree) -> PyTree:
+    """The shared parameters with the weights of another fit, be it of other documents."""
+    known = {tuple(s.name for s in p.sites if s.local is None): p for p in trained.parts}
     parts = []
     for p in shared.parts:
-        names = tuple(s.name for s in p.sites)
-        parts.append(known[names] if p.sites[0].local is None else p)
+        source = known[tuple(s.name for s in p.sites)] if p.sites[0].local is None else p
+        parts.append(jax.tree.unflatten(jax.tree.structure(p), jax.tree.leaves(source)))
     return eqx.tree_at(lambda p: p.parts, shared, tuple(parts))
 
 
