@@ -242,16 +242,16 @@ def test_saved_copula_is_the_same(target, family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "match"),
+    ("options", "match"),
     [
-        (hivi.Copula(levels=0), r"Copula\(levels=\.\.\.\): found 0; expected at least 1"),
-        (hivi.Copula(scale=0.0), r"Copula\(scale=\.\.\.\)"),
-        (hivi.Copula(spread=1.0), r"Copula\(spread=\.\.\.\)"),
+        ({"levels": 0}, r"Copula\(levels=\.\.\.\): found 0; expected at least 1"),
+        ({"scale": 0.0}, r"Copula\(scale=\.\.\.\)"),
+        ({"spread": 1.0}, r"Copula\(spread=\.\.\.\)"),
     ],
 )
-def test_bad_numbers_are_refused(family, match):
+def test_bad_numbers_are_refused(options, match):
     with pytest.raises(hivi.FamilyError, match=match):
-        family.build(TARGETS["pair"]().sites, KEY)
+        hivi.Copula(**options)
 
 
 @pytest.mark.slow

@@ -106,6 +106,18 @@ def _root(c: Array, target: Array) -> Array:
     return jnp.sign(target) * a
 
 
+def require_flow(where: str, kind: str, layers: int, least: int = 1) -> None:
+    """Refuse a kind that does not exist, and too few layers.
+
+    Raises:
+        FamilyError: naming the argument of `where`.
+    """
+    if kind not in KINDS:
+        cure = "FlowJAX has no radial layer; planar is closest" if kind == "radial" else "choose one of them"
+        raise FamilyError(message(f"{where}(kind=...)", repr(kind), f"one of {', '.join(KINDS)}", cure))
+    require_count(f"{where}(layers=...)", layers, "use MeanField() for no flow" if least else "0 is no flow", least)
+
+
 def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijection:
     """A trainable bijection of R^dim that starts near the identity.
 
@@ -120,10 +132,7 @@ def near_identity(kind: str, dim: int, layers: int, key: Key) -> AbstractBijecti
     Raises:
         FamilyError: unknown kind, fewer than one layer, or a kind that cannot act on one dimension.
     """
-    if kind not in KINDS:
-        cure = "FlowJAX has no radial layer; planar is closest" if kind == "radial" else "choose one of them"
-        raise FamilyError(message("Flow(kind=...)", repr(kind), f"one of {', '.join(KINDS)}", cure))
-    require_count("Flow(layers=...)", layers, "use MeanField() for no flow")
+    require_flow("Flow", kind, layers)
     if dim == 1 and kind in ("coupling", "maf"):
         raise FamilyError(
             message(f"Flow(kind={kind!r})", "a single coordinate", "two or more", "use kind='planar' or 'spline'")

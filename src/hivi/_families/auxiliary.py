@@ -22,8 +22,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._bijections import backward, forward, near_identity
-from hivi._errors import require_count
+from hivi._bijections import backward, forward, near_identity, require_flow
 from hivi._families.base import AbstractProposal, size_of
 from hivi._likelihood import likelihood
 from hivi._likelihoods.base import AbstractLikelihood
@@ -155,8 +154,10 @@ class InverseFlow(AbstractAuxiliary):
     layers: int = 8
     kind: str = "planar"
 
+    def __check_init__(self) -> None:
+        require_flow("InverseFlow", self.kind, self.layers, least=0)
+
     def build(self, link: Link, prior: AbstractProposal, key: Key) -> RegressionState:
-        require_count("InverseFlow(layers=...)", self.layers, "0 is no flow", least=0)
         kind = "planar" if link.dim == 1 and self.kind != "spline" else self.kind
         bijection = near_identity(kind, link.dim, self.layers, key) if self.layers > 0 else None
         shift, stretch = {}, {}

@@ -24,6 +24,7 @@ from hivi._errors import FamilyError, message
 from hivi._families.checks import RATE
 from hivi._families.checks import rate_for as rate_for
 from hivi._families.checks import require_real as require_real
+from hivi._families.checks import require_spread as require_spread
 from hivi._families.checks import scattered as scattered
 from hivi._families.checks import with_counts as with_counts
 from hivi._families.checks import with_tables as with_tables

@@ -49,8 +49,8 @@ def with_tables(sites: tuple[Site, ...]) -> tuple[Site, ...]:
     )
 
 
-def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed: bool) -> tuple[Site, ...]:
-    """The sites with negative-binomial q for counts, where a concentration is given, or counts and ranges of free spread.
+def require_spread(concentration: float | None, dispersed: bool) -> None:
+    """Refuse a spread of counts that is none.
 
     Raises:
         FamilyError: a concentration that is not positive, or both; a `dispersed` that is no truth value.
@@ -60,10 +60,14 @@ def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed:
     if dispersed and concentration is not None:
         cure = "dispersed=True also widens, up to four times a Poisson's variance; leave one out"
         raise FamilyError(message("dispersed=True", f"concentration={concentration!r} as well", "one of them", cure))
-    if concentration is None and not dispersed:
-        return sites
     if concentration is not None:
         require_positive("concentration=...", concentration, "1 is Geometric, None Poisson")
+
+
+def with_counts(sites: tuple[Site, ...], concentration: float | None, dispersed: bool) -> tuple[Site, ...]:
+    """The sites with negative-binomial q for counts, where a concentration is given, or counts and ranges of free spread."""
+    if concentration is None and not dispersed:
+        return sites
 
     def freed(s: Site) -> Site:
         if s.values.kind == "count":

@@ -64,7 +64,6 @@ class Copula(AbstractFamily):
     spread: float = 0.7
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
-        self._check()
         k1, k2 = jax.random.split(key)
         dim = Layout(sites).dim
         real = tuple(s for s in sites if not s.discrete)
@@ -91,7 +90,7 @@ class Copula(AbstractFamily):
             return GaussianDependence(jnp.zeros((dim, dim)))
         return VineDependence(jnp.zeros((min(self.levels, max(dim - 1, 1)), dim)), PAIRS[self.pair])
 
-    def _check(self) -> None:
+    def __check_init__(self) -> None:
         wrong = [
             (self.kind not in KINDS, "kind", repr(self.kind), "'gaussian' or 'vine'", "choose one of them"),
             (self.pair not in PAIRS, "pair", repr(self.pair), "'gaussian' or 'frank'", "choose one of them"),

@@ -11,7 +11,8 @@ from flowjax.bijections import AbstractBijection
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._bijections import backward, forward, near_identity
+from hivi._bijections import backward, forward, near_identity, require_flow
+from hivi._errors import require_positive
 from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
@@ -42,6 +43,10 @@ class Flow(AbstractFamily):
     layers: int = 8
     kind: str = "planar"
     scale: float = 0.1
+
+    def __check_init__(self) -> None:
+        require_flow("Flow", self.kind, self.layers)
+        require_positive("Flow(scale=...)", self.scale, "0.1 is usual")
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         require_real("Flow", sites)

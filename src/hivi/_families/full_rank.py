@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
+from hivi._errors import require_positive
 from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
@@ -41,6 +42,9 @@ class FullRank(AbstractFamily):
     """
 
     scale: float = 0.1
+
+    def __check_init__(self) -> None:
+        require_positive("FullRank(scale=...)", self.scale, "0.1 is usual")
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         require_real("FullRank", sites)

@@ -21,7 +21,15 @@ from hivi._families.auxiliary import (
     Linearised,
     Link,
 )
-from hivi._families.base import AbstractFamily, AbstractProposal, Conditional, Directions, scattered, with_counts
+from hivi._families.base import (
+    AbstractFamily,
+    AbstractProposal,
+    Conditional,
+    Directions,
+    require_spread,
+    scattered,
+    with_counts,
+)
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.low_rank import LowRank
@@ -93,6 +101,7 @@ class Hierarchical(AbstractFamily):
             if bad:
                 raise FamilyError(message(f"Hierarchical({name}=...)", repr(value), expected, cure))
         require_positive("Hierarchical(spread=...)", self.spread, "1 is usual")
+        require_spread(self.concentration, self.dispersed)
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         sites = with_counts(sites, self.concentration, self.dispersed)

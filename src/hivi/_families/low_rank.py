@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpyro.distributions import Normal
 
-from hivi._errors import require_count
+from hivi._errors import require_count, require_positive
 from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
@@ -52,8 +52,11 @@ class LowRank(AbstractFamily):
     rank: int
     scale: float = 0.1
 
-    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+    def __check_init__(self) -> None:
         require_count("LowRank(rank=...)", self.rank, "use MeanField() for no dependence, or FullRank() for all of it")
+        require_positive("LowRank(scale=...)", self.scale, "0.1 is usual")
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         require_real("LowRank", sites)
         dim = Layout(sites).dim
         k1, k2 = jax.random.split(key)

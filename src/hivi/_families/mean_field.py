@@ -11,6 +11,7 @@ from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
     Conditional,
+    require_spread,
     scattered,
     size_of,
     with_counts,
@@ -43,6 +44,9 @@ class MeanField(AbstractFamily):
 
     concentration: float | None = None
     dispersed: bool = False
+
+    def __check_init__(self) -> None:
+        require_spread(self.concentration, self.dispersed)
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         sites = with_counts(with_tables(sites), self.concentration, self.dispersed)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from hivi._errors import require_count
+from hivi._errors import require_count, require_positive
 from hivi._families.base import (
     AbstractFamily,
     AbstractProposal,
     Components,
     Conditional,
+    require_spread,
     size_of,
     with_counts,
     with_tables,
@@ -51,8 +52,12 @@ class Mixture(AbstractFamily):
     concentration: float | None = None
     dispersed: bool = False
 
-    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
+    def __check_init__(self) -> None:
         require_count("Mixture(components=...)", self.components, "1 is mean-field, 2 or more a mixture")
+        require_positive("Mixture(spread=...)", self.spread, "1 is usual")
+        require_spread(self.concentration, self.dispersed)
+
+    def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         sites, lam = with_counts(with_tables(sites), self.concentration, self.dispersed), {}
         for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
             kind, keys = likelihood(s), jax.random.split(k, self.components + 1)
