@@ -207,6 +207,18 @@ def nested(z: jax.Array) -> jax.Array:
 
 LOOPS: dict[str, tuple[Callable[..., Any], jax.Array, set[Any]]] = {
     "map": (lambda z: lax.map(lambda r: r.sum(), z), MATRIX, ROW),
+    "windows in a map": (
+        lambda z: lax.map(lambda i: lax.dynamic_slice(z, (2 * i,), (2,)).sum(), jnp.arange(3)),
+        VECTOR,
+        {(Along(0, 0, 2),), (Along(0, 1, 2),)},
+    ),
+    "windows in a nest of maps": (
+        lambda z: lax.map(
+            lambda i: lax.map(lambda j: lax.dynamic_slice(z, (i, 2 * j), (1, 2)).sum(), jnp.arange(2)), jnp.arange(4)
+        ),
+        MATRIX,
+        {(A0, Along(1, 0, 2)), (A0, Along(1, 1, 2))},
+    ),
     "chain": (chain, VECTOR, PAIR),
     "chain backwards": (chain_backwards, VECTOR, PAIR),
     "chain by counter": (chain_by_counter, VECTOR, PAIR),

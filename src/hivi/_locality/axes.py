@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 from hivi._locality.base import (
     ALL,
     CAP,
+    LOOPS,
     All,
     Along,
     Arr,
@@ -165,7 +166,7 @@ class _Interpreter:
             return [self._iota(eqn.params, shapes[0])]
         touched = any(arg.scope for arg in args)
         moved = name in VIEWS and args[0].known is not None
-        reads = RULES[name](eqn.params, args, shapes) if touched or moved else [[]] * len(shapes)
+        reads = RULES[name]({**eqn.params, LOOPS: self.loops}, args, shapes) if touched or moved else [[]] * len(shapes)
         outs = []
         for v, shape, mine in zip(eqn.outvars, shapes, reads, strict=True):
             known, columns = None, None

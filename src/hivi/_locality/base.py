@@ -258,6 +258,9 @@ class Unsupported(Exception):
     """A rule does not cover this use of its primitive."""
 
 
+LOOPS = "hivi loops"
+"""Among the parameters that a rule gets: lengths of the loops around, innermost first."""
+
 Params: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Params, Sequence[Arr], Sequence[Shape]], list[list[Read]]]
 """What a primitive reads: from its parameters, operands and output shapes, the reads of every output."""

@@ -11,6 +11,7 @@ from hivi._locality.base import (
     ALL,
     CAP,
     LIMIT,
+    LOOPS,
     NOWHERE,
     Along,
     Arr,
@@ -34,7 +35,7 @@ _SHARED = 8  # updates of one element that are told apart
 
 
 def _window(axis: int | None, start: Known | None, size: int, length: int, mode: str, out: Shape) -> Entry:
-    """Index read on an operand axis of `length` by a window of `size` that runs along `axis` of the output, of shape `out`.
+    """Index read on an operand axis of `length` by a window of `size` that runs along `axis` of the output, of extent `out`.
 
     `axis` is None where the output has no such axis (size 1). `mode` tells what happens to windows
     that are not inside: CLIP moves them, FILL_OR_DROP does not read, otherwise it is not known.
@@ -54,7 +55,7 @@ def _window(axis: int | None, start: Known | None, size: int, length: int, mode:
     if size == 1:
         return entry
     axes = sorted({*used(entry), axis} if axis is not None else used(entry))
-    if axis is None or axes[0] < 0 or math.prod(out[a] for a in axes) > LIMIT:
+    if axis is None or math.prod(out[a] for a in axes) > LIMIT:
         return ALL
     starts = values(entry, axes, out)
     return table(axes, np.where(starts < 0, NOWHERE, starts + values(Along(axis), axes, out)))
@@ -72,8 +73,9 @@ def _dynamic_slice(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -
     sizes = params["slice_sizes"]
     if len(starts) != len(operand.shape):
         raise Unsupported
+    extent = outs[0] + params[LOOPS]
     view = tuple(
-        _window(d, starts[d].known, sizes[d], length, "CLIP", outs[0]) for d, length in enumerate(operand.shape)
+        _window(d, starts[d].known, sizes[d], length, "CLIP", extent) for d, length in enumerate(operand.shape)
     )
     return [[Read(0, view, "slice at an unknown index"), *(Read(i + 1, ()) for i in range(len(starts)))]]
 
@@ -90,7 +92,8 @@ def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
     numbers, mode = params["dimension_numbers"], str(params["mode"])
     operand, indices = args
     batch = [d for d in range(len(outs[0])) if d not in numbers.offset_dims]
-    views, columns = _columns(indices, batch, indices.shape[-1], outs[0])
+    extent = outs[0] + params[LOOPS]
+    views, columns = _columns(indices, batch, indices.shape[-1], extent)
     offsets = map(int, numbers.offset_dims)
     paired = list(numbers.operand_batching_dims)
     indexed = list(numbers.start_index_map)
@@ -101,7 +104,7 @@ def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
             continue
         axis = None if d in numbers.collapsed_slice_dims else next(offsets)
         start = columns[indexed.index(d)] if d in indexed else constant(0)
-        view.append(_window(axis, start, size, length, mode, outs[0]))
+        view.append(_window(axis, start, size, length, mode, extent))
     if len(views) > CAP:
         views = [(*map(Along, batch), ALL)]
     return [[Read(0, tuple(view), "index is not known"), *(Read(1, v) for v in views)]]
