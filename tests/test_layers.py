@@ -61,6 +61,7 @@ PAIRS = {
     ("_estimators/auto.py", "_estimators/hierarchical_score.py"),
     ("_estimators/auto.py", "_estimators/cost.py"),
     ("_estimators/auto.py", "_estimators/differences.py"),
+    ("_estimators/auto.py", "_estimators/enumeration.py"),
     ("_estimators/auto.py", "_estimators/expectation.py"),
     ("_estimators/surrogate.py", "_estimators/expectation.py"),
     ("_estimators/surrogate.py", "_estimators/hierarchical_score.py"),

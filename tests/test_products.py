@@ -38,6 +38,8 @@ USED: dict[str, Callable[[Array], Any]] = {
     "some of the columns": lambda z: likelihood(z[:, 1:] @ W[1:]),
     "columns backwards": lambda z: likelihood(z[:, ::-1] @ W),
     "every other column": lambda z: likelihood(z[:, 1::2] @ W[:2]),
+    "blocks of columns": lambda z: likelihood(z[:, :2] @ W[:2]).sum() + jnp.sin(z[:, 2:] @ W[2:]).sum(),
+    "blocks that share a column": lambda z: likelihood(z[:, :2] @ W[:2]).sum() + jnp.sin(z[:, 1:3] @ W[2:]).sum(),
     "neighbours in rows": lambda z: jnp.cos((z[1:] @ W) * (z[:-1] @ W)),
     "rows that share a term": lambda z: likelihood(z @ W).sum() + jnp.where(z[1:] == z[:-1], 1.0, 0.2).sum(),
     "twice": lambda z: likelihood(z @ W) + jnp.sin((z * 2) @ W),

@@ -85,7 +85,7 @@ class Program:
         updates = {
             eqn.outvars[0]: how
             for (eqn, moving), scope in zip(found, maps, strict=True)
-            if (how := products.product(eqn, moving, scope.get(site, frozenset()), shape, counts)) is not None
+            if (how := products.product(eqn, moving, scope.get(site, frozenset()), palette)) is not None
         }
         return Moves(site, tuple(palette), counts, products.plan(self.jaxpr, variable, updates))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 from jaxtyping import Array
@@ -26,15 +27,13 @@ class Product(NamedTuple):
         moving: which operand depends on the latent, 0 or 1.
         axes: the summed axis of either operand.
         latent: the latent's axis that runs along it.
-        entry: how.
-        size: length of the latent's axis.
+        places: colour on that axis -> index of the summed axis that it changes; -1 for none.
     """
 
     moving: int
     axes: tuple[int, int]
     latent: int
-    entry: Along
-    size: int
+    places: tuple[int, ...]
 
 
 class Plan(NamedTuple):
@@ -92,23 +91,30 @@ def candidates(jaxpr: jex.Jaxpr, site: Any) -> list[tuple[jex.JaxprEqn, int]]:
     return found
 
 
-def product(eqn: jex.JaxprEqn, moving: int, maps: Maps, shape: Sequence[int], counts: Sequence[int]) -> Product | None:
-    """How a product changes under one colour, or None where every index of the summed axis may change.
+def product(eqn: jex.JaxprEqn, moving: int, maps: Maps, palette: Sequence[np.ndarray]) -> Product | None:
+    """How a product changes under one colour, or None where several indices of the summed axis may change.
 
     Args:
         eqn: the product.
         moving: which of its operands depends on the latent.
         maps: how.
-        shape: the latent's shape.
-        counts: how many colours each of its axes has.
+        palette: colours of the indices of each of the latent's axes.
     """
     summed = eqn.params["dimension_numbers"][0]
-    for latent, size in enumerate(shape):
+    operand: Any = eqn.invars[moving].aval
+    for latent, colours in enumerate(palette):
         entries = {m[latent] for m in maps}
         entry = entries.pop() if len(entries) == 1 else None
-        if counts[latent] == size > 1 and isinstance(entry, Along) and entry.axis in summed[moving]:
+        if not isinstance(entry, Along) or entry.axis not in summed[moving]:
+            continue
+        reached = entry.offset + entry.stride * np.arange(operand.shape[entry.axis])
+        inside = np.flatnonzero((reached >= 0) & (reached < len(colours)))
+        own = colours[reached[inside]]
+        if len(own) == len(set(own.tolist())) > 0:
+            places = np.full(int(colours.max()) + 1, -1)
+            places[own] = inside
             place = list(summed[moving]).index(entry.axis)
-            return Product(moving, (int(summed[0][place]), int(summed[1][place])), latent, entry, size)
+            return Product(moving, (int(summed[0][place]), int(summed[1][place])), latent, tuple(places.tolist()))
     return None
 
 
@@ -209,16 +215,15 @@ def _run(
 def _update(
     eqn: jex.JaxprEqn, how: Product, operands: list[Any], before: Array, change: Array, colour: Sequence[Array]
 ) -> Array:
-    size = change.shape[how.axes[how.moving]]
-    # latent index = offset + stride * index on the summed axis
-    steps = colour[how.latent] - how.entry.offset
-    index = steps // how.entry.stride
+    index = colour[how.latent]
+    same = how.places == tuple(range(change.shape[how.axes[how.moving]]))
+    if not same:
+        index = jnp.asarray(how.places)[index]
     operands[how.moving] = change
     parts = [lax.dynamic_slice_in_dim(x, index, 1, axis) for x, axis in zip(operands, how.axes, strict=True)]
     found = _outer(eqn, parts)
-    if how.entry != Along(how.entry.axis) or size != how.size:
-        reached = (steps % how.entry.stride == 0) & (index >= 0) & (index < size)
-        found = jnp.where(reached, found, jnp.zeros((), found.dtype))
+    if min(how.places) < 0:
+        found = jnp.where(index >= 0, found, jnp.zeros((), found.dtype))
     return before + found
 
 
