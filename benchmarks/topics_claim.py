@@ -20,6 +20,7 @@ from common import RESULTS, write
 from hivi.reproduce.topic_rows import cut_documents
 from hivi.topics import Architecture, Corpus, grow, hierarchical, infer, make_split, read_corpus, start, train
 from hivi.topics.document_curvature import document_curvature
+from hivi.topics.fitting import GROWN_DRAWS
 from hivi.topics.trained import without_documents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def row(corpus: Corpus, latent: Any, layers: tuple[int, ...]) -> dict[str, float
     hvm = grow(fit, hierarchical(), key=jax.random.key(1))
     bounds = []
     for each in (fit, hvm):
-        train(each, EXTRA, rng=np.random.default_rng(7))
+        train(each, EXTRA, rng=np.random.default_rng(7), samples=GROWN_DRAWS)
         bounds.append(
             infer(each, Corpus.from_matrix(split.observed), key=jax.random.key(9), passes=150, samples=32).bound
         )

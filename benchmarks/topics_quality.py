@@ -44,6 +44,7 @@ from hivi.topics import (
     train,
 )  # fmt: skip
 from hivi.topics.document_curvature import document_curvature
+from hivi.topics.fitting import GROWN_DRAWS
 from hivi.topics.inference import posterior_means
 from hivi.topics.trained import without_documents
 
@@ -270,13 +271,13 @@ def _pair(
     hvm = grow(fit, hierarchical(), key=jax.random.key(seed + 100))
     found = []
     for each in (fit, hvm):
-        train(each, extra, rng=np.random.default_rng(seed + 7))
+        train(each, extra, rng=np.random.default_rng(seed + 7), samples=GROWN_DRAWS)
         found.append(evaluate(each, split, LOCAL_STEPS))
     gain = found[1]["bounds"] - found[0]["bounds"]
     return {
         "gain": float(gain.mean()), "stderr": float(gain.std(ddof=1) / np.sqrt(len(gain))),
         "perplexity": found[0]["perplexity"], "ratio": found[1]["perplexity"] / found[0]["perplexity"],
-        "steps": LOCAL_STEPS,
+        "steps": LOCAL_STEPS, "draws": GROWN_DRAWS,
     }  # fmt: skip
 
 

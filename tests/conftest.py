@@ -36,6 +36,20 @@ if os.environ.get("HIVI_TYPECHECK", "1") != "0":
     jaxtyping.install_import_hook("hivi", "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = Path(__file__).with_name("slow.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what `slow.txt` names."""
+    named = {line for line in SLOW.read_text().splitlines() if line and not line.startswith("#")}
+    found = {item.nodeid: item for item in items}
+    for name in named & found.keys():
+        found[name].add_marker(pytest.mark.slow)
+    files = {name.split("::")[0] for name in found}
+    gone = sorted(name for name in named - found.keys() if name.split("::")[0] in files)
+    if gone and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"{SLOW.name} names tests that are gone: {gone}")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -17,7 +17,7 @@ from hivi._families.mean_field import MeanField
 from hivi._fit.result import Estimate
 from hivi.topics.base import Corpus
 from hivi.topics.document_curvature import PASSES, document_curvature
-from hivi.topics.fitting import TopicFit, grow, hierarchical, start
+from hivi.topics.fitting import GROWN_DRAWS, TopicFit, grow, hierarchical, start
 from hivi.topics.fitting import train as go_on
 from hivi.topics.heldout import Scores, Split, paired_difference
 from hivi.topics.inference import LOCAL_PASSES
@@ -177,7 +177,7 @@ def fit_row(train: Corpus, split: Split, layers: tuple[int, ...], plan: Plan, cl
             watch = clock.watch(
                 f"{label}, {'HVM grown' if name == 'grown' else 'mean-field on'}", plan.extra, unit, _passes(fit)
             )
-            go_on(fit, plan.extra, rng=np.random.default_rng((seed, 1)), watch=watch)
+            go_on(fit, plan.extra, rng=np.random.default_rng((seed, 1)), samples=GROWN_DRAWS, watch=watch)
             found[name].append(_measure(fit, train, split, plan.settled_passes))
         if number == 0 and plan.tested and plan.latent != "gamma":
             clock.line(f"{label}: curvature test of {min(plan.tested, len(split.test))} documents")

@@ -23,7 +23,7 @@ from hivi._space import Plate
 from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.batches import PLATE, CorpusSource, Counts, Documents
-from hivi.topics.fitting import TopicFit, grow, proposal_for, start, strategies, train
+from hivi.topics.fitting import GROWN_DRAWS, TopicFit, grow, proposal_for, start, strategies, train
 from hivi.topics.inference import LOCAL_PASSES, Inference, inferred, latent_means, posterior_means, read
 from hivi.topics.model import Architecture, build_target, corpus_statistics, z_name
 from hivi.topics.passes import Watch
@@ -112,7 +112,7 @@ def learn(
         history = fit.stream.elbo
         fit = grow(fit, family, key=_key(seed, _LEARN))
         fit.stream.elbo = history
-        train(fit, passes - before, rng=rng, watch=watch)
+        train(fit, passes - before, rng=rng, samples=GROWN_DRAWS, watch=watch)
     return fit
 
 
