@@ -340,7 +340,7 @@ def test_a_mean_over_documents_holds_one_block(mean_field, monkeypatch):
 
 
 def test_growing_keeps_what_adam_knows_of_lambda(mean_field):
-    """Its moments and count; nothing of the scales, which mean-field has not. The first steps are no longer than mean-field's."""
+    """Its moments and count; nothing of the scales, which mean-field has not."""
     grown = fitting.grow(mean_field, SHARED, key=jax.random.key(5))
     ids = np.arange(len(SMALL.lengths()))
     known, found = (f.stream.layout.unpack(jnp.asarray(f.stream.records.read(ids)))[1] for f in (mean_field, grown))
@@ -351,6 +351,26 @@ def test_growing_keeps_what_adam_knows_of_lambda(mean_field):
         np.testing.assert_array_equal(sorted(np.abs(x).max() for x in after), [0, np.abs(before).max()])
         np.testing.assert_array_equal(next(x for x in after if np.any(x)), before)
     np.testing.assert_array_equal(tree_get(found, "count"), tree_get(known, "count"))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(hivi.Hierarchical(hivi.Flow(1, kind="coupling"), shared=True), id="coupling"),
+        pytest.param(hivi.Hierarchical(hivi.Hierarchical(hivi.MeanField())), id="two levels", marks=pytest.mark.slow),
+        pytest.param(hivi.Hierarchical(hivi.Flow(1), dispersed=True, shared=True), id="free spread"),
+    ],
+)
+def test_families_that_grow_infer_new_documents(family):
+    """No moment is negative, and every answer finite."""
+    fit = fitting.start(SMALL, ARCHITECTURE, fitting.flat(family), key=jax.random.key(0), batch=5)
+    fitting.train(fit, 3, rng=np.random.default_rng(0))
+    hvm = fitting.grow(fit, family, key=jax.random.key(5))
+    moments = hvm.stream.layout.unpack(jnp.asarray(hvm.stream.records.read(np.arange(5))))[1]
+    assert all(np.min(x, initial=0) >= 0 for x in jax.tree.leaves(tree_get(moments, "nu")))
+    fitting.train(hvm, 2, rng=np.random.default_rng(0))
+    found = inference.infer(hvm, corpus(9, 8, 3), key=KEY, passes=2)
+    assert np.all(np.isfinite(found.bound))
 
 
 def test_new_documents_of_a_hierarchy_start_at_their_mean_field_optimum(mean_field):

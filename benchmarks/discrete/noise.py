@@ -196,8 +196,8 @@ def table(path: Any, seeds: int) -> None:
         "the site's values. Very large factors: hardly any noise is left. Unbiasedness, at mean-field, where the states can "
         f"be enumerated: the largest |z-score| of {entries:,} entries of {len(scores)} mean gradients is {worst:.2f}; by "
         f"chance it is below {chance:.2f} with probability 0.95. Auto counts operations in place of seconds: what it would "
-        f"choose of these has at most {max(losses):.2f} times the least product in seconds (median "
-        f"{statistics.median(losses):.2f}; {len(losses)} problems, q and seeds).",
+        f"choose of these has at most {max(losses, default=1.0):.2f} times the least product in seconds (median "
+        f"{statistics.median(losses or [1.0]):.2f}; {len(losses)} problems, q and seeds).",
         130,
     )
     write(

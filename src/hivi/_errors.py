@@ -7,6 +7,9 @@ import math
 import numbers
 from collections.abc import Callable, Iterable
 
+import jax
+import numpy as np
+
 
 class HiviError(Exception):
     """Base class of every error that hivi raises on purpose."""
@@ -57,7 +60,9 @@ def require_positive(
     Raises:
         FamilyError: naming the argument; or `error`.
     """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+    scalar = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0 and value.dtype.kind in "fiu"
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (scalar or number) or not 0 < float(value) < math.inf:  # type: ignore[arg-type]  # of either
         raise error(message(where, repr(value), "a positive number", cure))
 
 

@@ -114,8 +114,9 @@ class Auto(AbstractEstimator):
         short = table and count == 1 and cost > self.budget and cost * _evaluation(target) <= 10 * self.work
         if cost > self.budget and not short:
             return Choice(site.name, Score(), 1, f"exact would cost {cost} evaluations ({plural}), over {self.budget}")
-        joint = site.values.count ** math.prod(site.batch_shape) if table and fixed and count > 1 else math.inf
-        if joint <= self.cheap and joint * _evaluation(target) <= self.work and site.local is None:
+        few = table and fixed and count > 1 and site.local is None and math.prod(site.batch_shape) <= self.cheap
+        joint = site.values.count ** math.prod(site.batch_shape) if few else math.inf
+        if joint <= min(self.cheap, self.budget) and joint * _evaluation(target) <= self.work:
             return Choice(site.name, Enumeration(), int(joint), f"all its {joint} joint values summed")
         if table:
             why = f"finite support of {site.values.count} values: every value summed, {plural}"

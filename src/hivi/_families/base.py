@@ -248,7 +248,7 @@ class AbstractProposal(eqx.Module):
 
     def along_lambda(self, lam: dict[str, Array]) -> AbstractProposal:
         """For an optimiser's moments of such an optimum: a tree like this proposal, `lam` where lambda is centred, else zero."""
-        return jax.tree.map(jnp.zeros_like, self)
+        return jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_inexact_array(x) else x, self)
 
     def owned(self) -> PyTree:
         """A tree like this proposal: whether an array has one slice per row of the subsampled plate, as its first axis."""

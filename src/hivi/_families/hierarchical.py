@@ -359,9 +359,10 @@ class HierarchicalProposal(AbstractProposal):
         return self._at(self._link.join(lam), self._link.join(scale))
 
     def along_lambda(self, lam: dict[str, Array]) -> HierarchicalProposal:
-        zero: HierarchicalProposal = jax.tree.map(jnp.zeros_like, self)
         location = self._link.join(lam)
-        return zero._at(location, jnp.ones_like(location))
+        scale = jnp.ones_like(location)
+        there, here = self._at(location, scale), self._at(jnp.zeros_like(location), scale)
+        return jax.tree.map(lambda a, b: a - b if eqx.is_inexact_array(a) else a, there, here)
 
     def _at(self, location: Array, scale: Array) -> HierarchicalProposal:
         return HierarchicalProposal(self.sites, self.prior.recentre(location, scale), self.auxiliary, self.shared)

@@ -194,10 +194,18 @@ def grow(fit: TopicFit, family: AbstractFamily, *, key: Key) -> TopicFit:
     return TopicFit(fit.architecture, family, fit.statistics, grown, fit.passes, fit.batch)
 
 
+def flat(family: AbstractFamily) -> AbstractFamily:
+    """The mean-field family from which a hierarchical one grows; any other itself."""
+    if not isinstance(family, Hierarchical):
+        return family
+    return MeanField(concentration=family.concentration, dispersed=family.dispersed)
+
+
 def grown_rows(stream: Stream, architecture: Architecture, family: AbstractFamily, key: Key) -> Stream:
     """A stream of a hierarchical family, each document at its mean-field optimum; shared parameters are fresh.
 
-    Adam keeps what it knows of lambda: without it the first steps are as long as those from a far start.
+    Adam keeps what it knows of lambda: without it the first steps are as long as those from a far start. It knows nothing yet of
+    what mean-field has not, such as scales, which are slow.
     """
     k1, k2 = jax.random.split(key)
     fresh: PyTree = proposal_for(stream.target, architecture, family, k1)
@@ -208,11 +216,15 @@ def grown_rows(stream: Stream, architecture: Architecture, family: AbstractFamil
         parts = tuple(how(p, lam) if p.sites[0].local is not None else p for p in fresh.parts)
         return split_rows(eqx.tree_at(lambda p: p.parts, fresh, parts))[0]
 
+    def along(p: AbstractProposal, lam: dict[str, Array]) -> AbstractProposal:
+        return p.along_lambda(lam)
+
     for ids in stream.source.blocks():
         own, known = stream.layout.unpack(jnp.asarray(stream.records.read(ids)))
         start = placed(own, lambda p, lam: p.grown(lam))
-        moments = {name: placed(tree_get(known, name), lambda p, lam: p.along_lambda(lam)) for name in ("mu", "nu")}
-        moments = tree_set(row_moments(start), count=tree_get(known, "count"), **moments)
+        mu, nu = (eqx.filter(placed(tree_get(known, name), along), eqx.is_inexact_array) for name in ("mu", "nu"))
+        nu = jax.tree.map(lambda x: jnp.maximum(x, 0.0), nu)  # of a difference, with its rounding
+        moments = tree_set(row_moments(start), count=tree_get(known, "count"), mu=mu, nu=nu)
         grown.records.write(ids, np.asarray(grown.layout.pack((start, moments))))
     return grown
 

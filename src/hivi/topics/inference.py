@@ -15,7 +15,6 @@ from hivi._compile import compiled
 from hivi._estimators.base import AbstractStrategy
 from hivi._families.base import AbstractFamily, AbstractProposal
 from hivi._families.hierarchical import Hierarchical
-from hivi._families.mean_field import MeanField
 from hivi._fit.rowwise import row_bounds
 from hivi._fit.stream import ROW_RATE, Schedule, at_blocks, conditioned, row_moments, split_rows
 from hivi._fit.streaming import Stream, advance, in_order, open_stream, per_block
@@ -23,7 +22,7 @@ from hivi._likelihoods.poisson import MAX_LOG_RATE
 from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.batches import CorpusSource, Documents
-from hivi.topics.fitting import TopicFit, grown_rows, proposal_for, strategies, with_weights
+from hivi.topics.fitting import TopicFit, flat, grown_rows, proposal_for, strategies, with_weights
 from hivi.topics.model import Architecture, build_target, z_name
 
 LOCAL_PASSES = 60
@@ -82,7 +81,7 @@ def inferred(
         size *= 2
     k1, k2 = jax.random.split(key)
     grows = isinstance(fit.family, Hierarchical)
-    stream = opened(fit, documents, size, key=k1, family=MeanField() if grows else None)
+    stream = opened(fit, documents, size, key=k1, family=flat(fit.family) if grows else None)
     steps = LOCAL_PASSES if passes is None else passes
     if stream.proposal(stream.source.blocks()[0]).amortised:
         return _moved(localised(stream), steps, REFINING_RATE, REFINING_DRAWS)

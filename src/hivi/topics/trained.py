@@ -15,7 +15,6 @@ from jaxtyping import Float
 
 from hivi._families.base import AbstractFamily
 from hivi._families.hierarchical import Hierarchical
-from hivi._families.mean_field import MeanField
 from hivi._fit import store
 from hivi._fit.stream import AFTER_WARM_UP, FINAL, ROW_RATE, Schedule, at_blocks
 from hivi._fit.streaming import Stream, advance, open_stream
@@ -23,7 +22,7 @@ from hivi._space import Plate
 from hivi._target.base import Target
 from hivi._tree import Key
 from hivi.topics.batches import PLATE, CorpusSource, Counts, Documents
-from hivi.topics.fitting import GROWN_DRAWS, TopicFit, grow, proposal_for, start, strategies, train
+from hivi.topics.fitting import GROWN_DRAWS, TopicFit, flat, grow, proposal_for, start, strategies, train
 from hivi.topics.inference import LOCAL_PASSES, Inference, inferred, latent_means, posterior_means, read
 from hivi.topics.model import Architecture, build_target, corpus_statistics, z_name
 from hivi.topics.passes import Watch
@@ -105,7 +104,7 @@ def learn(
     """Train on a corpus: a hierarchical family grows from a mean-field fit after half of the passes that follow the warm-up."""
     rng = np.random.default_rng(seed)
     grows = isinstance(family, Hierarchical)
-    fit = start(documents, architecture, MeanField() if grows else family, key=_key(seed, _START), batch=batch)
+    fit = start(documents, architecture, flat(family), key=_key(seed, _START), batch=batch)
     before = warm_up + (passes - warm_up) // 2 if grows else passes
     train(fit, before, rng=rng, warm_up=warm_up, watch=watch)
     if grows:
@@ -148,7 +147,7 @@ def absorb(
         trained: where to go on from; it stays as it is.
         documents: of the same vocabulary.
         batch: documents per minibatch.
-        passes: gradient steps per document; None as `hivi.topics.infer` takes it.
+        passes: gradient steps per document; 60 if None. No small steps follow: the weights take their step there.
 
     Returns:
         What is learnt, the bound for the whole corpus in nats, and the mean of every unit of each layer over the documents.
