@@ -182,7 +182,7 @@ def hierarchies(names: list[str]) -> None:
                 if name in SHORTER:
                     plans[f"{name}, shorter"] = SHORTER[name]
                 for label, plan in plans.items():
-                    if (key := _key(label, layers, seed)) not in known:
+                    if known.get(key := _key(label, layers, seed), {}).get("steps") != LOCAL_STEPS:
                         known = record("topics_hierarchy", key, _pair(documents, split, layers, seed, *plan))
     rows = []
     for name in (*CORPORA, *(f"{n}, shorter" for n in SHORTER)):
