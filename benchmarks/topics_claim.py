@@ -92,7 +92,12 @@ def main() -> None:
 def table(found: dict[str, dict[str, float]]) -> None:
     """`results/topics_claim.md`."""
     rows = []
-    for key, f in sorted(found.items(), key=lambda item: (item[0].split("|")[0], LATENTS.index(item[0].split("|")[1]))):
+
+    def place(item: tuple[str, Any]) -> tuple[str, int, int]:
+        corpus, latent, layers = item[0].split("|")
+        return corpus, LATENTS.index(latent), layers.count("-")
+
+    for key, f in sorted(found.items(), key=place):
         test = "-" if np.isnan(f["share"]) else f"{f['share']:.0%}, {f['worth']:.3f}"
         rows.append((*key.split("|"), f"{f['bound']:.1f}", f"{f['gain']:+.3f} ± {f['stderr']:.3f}", test,
                      f"{f.get('small', 0):.0f}, {f.get('draws', 32):.0f}"))  # fmt: skip

@@ -130,6 +130,7 @@ def perplexities(names: list[str]) -> None:
             "training documents. Settings were chosen on training documents. Network's own answer: without refinement of the",
             "test documents' parameters. Live topics: with more than a hundredth of an equal share of the training documents'",
             "tokens; of the test documents' for the peers and, on bbc and reuters21578, for all but the three-layer network.",
+            "Mean-field's test documents had 60 steps; since then as many small ones follow.",
         ],
     )  # fmt: skip
 
