@@ -146,18 +146,44 @@ def compare(
     settings = {"steps": steps, "samples": samples, "progress": progress, **options}
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
     wanted = grow and any(_growing(f) for f in chosen.values())
-    base = None
-    if mean_field is not None or wanted:
-        announce("compare: mean-field" + (", at which others begin" if wanted else ""), progress)
-        base = _try_fit(target, MeanField(), keys, settings)
+    base = _base(target, wanted, mean_field is not None, keys, settings)
     curved = _curved(base, keys)
+    rows, fits = _rows(target, chosen, mean_field, base, curved, keys, settings, grow=grow, draws=draws)
+    reference = None
+    if nuts and fits:
+        rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)
+    notes = {} if curved is None else {"Would a hierarchy help?": _verdict(curved)}
+    return Comparison(judged(rows, reference, mean_field), fits, target.name, reference, notes)
+
+
+def _base(target: Target, wanted: bool, asked: bool, keys: _Keys, settings: Mapping[str, Any]) -> _Attempt | None:
+    """The mean-field fit, where it is asked for, or wanted by families that grow from it."""
+    if not (asked or wanted):
+        return None
+    announce("compare: mean-field" + (", at which others begin" if wanted else ""), settings["progress"])
+    return _try_fit(target, MeanField(), keys, settings)
+
+
+def _rows(
+    target: Target,
+    chosen: Mapping[str, Family],
+    mean_field: str | None,
+    base: _Attempt | None,
+    curved: Curvature | None,
+    keys: _Keys,
+    settings: Mapping[str, Any],
+    *,
+    grow: bool,
+    draws: int,
+) -> tuple[list[Row], dict[str, Fit]]:
+    """Every family's row, and the fits of those that did not fail."""
     rows: list[Row] = []
     fits: dict[str, Fit] = {}
     for number, (name, family) in enumerate(chosen.items(), 1):
         if name == mean_field and base is not None:
             attempt = base
         else:
-            announce(f"compare: {name} ({number} of {len(chosen)})", progress)
+            announce(f"compare: {name} ({number} of {len(chosen)})", settings["progress"])
             first = _first(family, fits, base) if grow else None
             attempt = _grow(target, family, first, curved, keys, settings)
         row = _row(name, family, attempt, keys, draws)
@@ -166,12 +192,8 @@ def compare(
         if name == mean_field and curved is not None:
             row = dataclasses.replace(row, notes={"mixing": f"+{curved.gain_to_expect.mean:.2g}"})
         rows.append(row)
-        announce(f"compare: {name}: {row.error or f'bound {row.bound}'}", progress)
-    reference = None
-    if nuts and fits:
-        rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)
-    notes = {} if curved is None else {"Would a hierarchy help?": _verdict(curved)}
-    return Comparison(judged(rows, reference, mean_field), fits, target.name, reference, notes)
+        announce(f"compare: {name}: {row.error or f'bound {row.bound}'}", settings["progress"])
+    return rows, fits
 
 
 def _check_options(draws: int, options: Mapping[str, Any]) -> None:
