@@ -19,7 +19,7 @@ import pytest
 from jax import lax
 from jax.extend.core import Primitive
 
-from hivi._locality import axes
+from hivi._locality import axes, zeros
 from hivi._locality.base import ALL, CAP, All, Along, Const, Loss, Read, Scope, Table, identity, table, total
 
 VALUES = 3
@@ -443,6 +443,7 @@ TABLE = np.random.default_rng(0).integers(0, 9, (5, 5))
 PERMUTED = np.array([2, 0, 3, 1])
 EYE = np.eye(4)
 R4 = np.arange(4)
+HOLES = np.array([[0, 2, 0, 0], [0, 0, 0, 0], [3, 0, 0, 1], [0, 0, 5, 0]])
 
 
 class Pool(NamedTuple):
@@ -745,6 +746,21 @@ STEPS: dict[str, Callable[[Pool], Any]] = {
     "branch of loops": branch_of_loops,
     "custom": custom,
     "relu": lambda p: jax.jit(jax.nn.relu)(p.m - p.k),
+    "sparse product": lambda p: HOLES @ p.m,
+    "sparse product, reals": lambda p: real((p.m + 0.1) @ jnp.asarray(HOLES * 0.3)),
+    "sparse on both sides": lambda p: HOLES.T @ (p.m @ HOLES),
+    "sparse weights of a latent": lambda p: (HOLES * p.m) @ p.n,
+    "sparse sum": lambda p: jnp.sum(p.m * HOLES, p.k % 2),
+    "sparse pairs": lambda p: p.v[:, None] * HOLES * p.u,
+    "sparse by a choice": lambda p: jnp.where(HOLES > 2, p.m, 0) @ p.v,
+    "sparse, but not there": lambda p: jnp.where(HOLES > 2, p.m, p.k) @ p.v,
+    "sparse quotient": lambda p: real((p.m + 1.5) @ (HOLES / (p.n + 1.1))),
+    "sparse, then not": lambda p: real((jnp.asarray(HOLES) * 0.3 + (p.k == jnp.arange(4))) @ p.m),
+    "indicators": lambda p: jax.nn.one_hot(PERMUTED[p.k :], 4, dtype=jnp.int32).T @ p.m[p.k :],
+    "sparse rows of a loop": lambda p: lax.scan(lambda c, row: (c, row @ p.v), 0, jnp.asarray(HOLES))[1],
+    "sparse rows by number": lambda p: lax.map(lambda t: jnp.asarray(HOLES)[t] @ p.m, R4),
+    "sparse batch": lambda p: jax.vmap(lambda row, x: row @ x)(jnp.asarray(HOLES), jnp.stack([p.m, p.n, p.m.T, p.n])),
+    "band": lambda p: real((jnp.triu(jnp.ones((4, 4)), 2) + jnp.eye(4)) @ p.m),
 }
 
 
@@ -902,7 +918,21 @@ def forget_the_test(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(axes._Interpreter, "scope", scope)
 
 
+def forget_a_place(patch: pytest.MonkeyPatch) -> None:
+    """What is not zero is read."""
+    real_places = zeros.places
+    patch.setattr(zeros, "places", lambda *args: (found := real_places(*args)) and found[:-1])
+
+
+def forget_what_was_added(patch: pytest.MonkeyPatch) -> None:
+    """A sum is zero only where all its parts are."""
+    real_carried = zeros.carried
+    patch.setattr(zeros, "carried", lambda name, *args: args[1][0] if name == "add" else real_carried(name, *args))
+
+
 BUGS = {
+    forget_a_place: ["sparse product", "sparse sum", "sparse rows of a loop"],
+    forget_what_was_added: ["sparse, then not", "band"],
     forget_broadcasting: ["stretched"],
     forget_joining: ["by transpose", "same outer"],
     forget_mixing: ["sort", "argsort", "sort pairs"],

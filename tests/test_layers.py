@@ -37,8 +37,9 @@ ROW = {place: row for row, places in enumerate(ROWS) for place in places}
 PAIRS = {
     *(
         (("_locality/axes.py"), f"_locality/{part}.py")
-        for part in ("rules", "indexing", "integers", "loops", "merging")
+        for part in ("rules", "indexing", "integers", "loops", "merging", "zeros")
     ),
+    ("_locality/zeros.py", "_locality/integers.py"),
     *(
         ("_families/hierarchical.py", f"_families/{part}.py")
         for part in ("auxiliary", "flow", "full_rank", "low_rank", "mean_field", "mixture")

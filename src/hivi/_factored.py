@@ -26,12 +26,13 @@ from hivi._errors import TargetError, message
 from hivi._locality import products
 from hivi._locality.accumulators import unfold
 from hivi._locality.axes import scopes
-from hivi._locality.base import Factor, Loss, Maps
+from hivi._locality.base import ALL, Factor, Loss, Maps
 from hivi._locality.colour import colours
 from hivi._locality.peel import peel
 from hivi._locality.place import place
 from hivi._locality.rolling import roll
 from hivi._locality.sums import PASSES, push
+from hivi._locality.zeros import sparse
 from hivi._space import Latents
 from hivi._tree import PyTree, sum_all
 
@@ -49,7 +50,7 @@ class Program:
         factors: one per output.
         losses: where locality was given up.
         key: fingerprint that decides equality.
-        read: pairs (leaf of the other arguments, digest of its values) of the integer arrays on which the factors' scopes rest.
+        read: pairs (leaf of the other arguments, digest) of the arrays on whose integers or zeros the factors' scopes rest.
     """
 
     jaxpr: jex.Jaxpr
@@ -269,8 +270,8 @@ def factorise(
         overrides: (term name, site) -> closed form of the change of the whole (scaled) term.
         declared: term name -> site -> maps, for terms whose code (sparse kernels) hides its locality from the analysis; its
             author answers for them.
-        indexed: sites for which, where locality would be lost otherwise, it is read from the values of integer arrays in
-            `rest` too. The program is then that of these values: others make another program.
+        indexed: sites for which, where locality would be lost otherwise, it is read from values in `rest` too: integers, and
+            where matrices of mostly zeros are zero. The program is then that of these values: others make another program.
 
     Raises:
         TargetError: a term is not a real number.
@@ -304,10 +305,10 @@ def factorise(
     seeds = [*sites, *[None] * len(leaves)]
     found, losses = scopes(fixed, seeds, consts)
     read: tuple[tuple[int, str], ...] = ()
-    if any(loss.site in indexed for loss in losses):
-        known = [_integers(leaf) for leaf in leaves]
+    known = [_pattern(leaf, integers=any(loss.site in indexed for loss in losses)) for leaf in leaves]
+    if indexed and any(x is not None for x in known):
         closer, left = scopes(fixed, seeds, consts, [*[None] * len(sites), *known])
-        gained = {s for s in indexed if sum(x.site == s for x in left) < sum(x.site == s for x in losses)}
+        gained = {s for s in indexed if _width(s, closer, left) < _width(s, found, losses)}
         found = [old | {s: m for s, m in new.items() if s in gained} for old, new in zip(found, closer, strict=True)]
         losses = [x for x in losses if x.site not in gained] + [x for x in left if x.site in gained]
         read = tuple((k, digest(x)) for k, x in enumerate(known) if x is not None) if gained else ()
@@ -327,14 +328,24 @@ def factorise(
 
 
 def digest(x: np.ndarray) -> str:
-    """A fingerprint of integers, whatever their width."""
-    return hashlib.sha256(np.ascontiguousarray(x, np.int64).tobytes()).hexdigest()
+    """A fingerprint of integers, whatever their width, or of where real numbers are zero."""
+    read = x != 0 if x.dtype.kind == "f" else x
+    return hashlib.sha256(np.ascontiguousarray(read, np.int64).tobytes()).hexdigest()
 
 
-def _integers(leaf: Any) -> np.ndarray | None:
-    """The values of an integer or boolean array; None for all else."""
+def _pattern(leaf: Any, integers: bool) -> np.ndarray | None:
+    """An argument whose values say which coordinates meet: integers, where they are wanted, and matrices of mostly zeros."""
     here = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
-    return np.asarray(leaf) if here and leaf.dtype.kind in "iub" else None
+    if not here or leaf.dtype.kind not in "iubf":
+        return None
+    zeros = leaf.ndim > 1 and sparse(leaf)
+    return np.asarray(leaf) if zeros or (integers and leaf.dtype.kind in "iub") else None
+
+
+def _width(site: str, scopes: Sequence[Mapping[str, Maps]], losses: Sequence[Loss]) -> tuple[int, int]:
+    """How much of a site the terms touch: places where locality was lost, and axes of which all is touched."""
+    whole = sum(m.count(ALL) for scope in scopes for m in scope.get(site, ()))
+    return sum(x.site == site for x in losses), whole
 
 
 def _real(name: str, value: Any) -> Array:

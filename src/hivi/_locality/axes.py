@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
+from hivi._locality import zeros
 from hivi._locality.base import (
     ALL,
     CAP,
@@ -103,7 +104,7 @@ def _literal(shape: Shape, value: Any) -> Arr:
     """A constant, with its integers where they are affine, or each of its columns is."""
     known = fit(value)
     short = known is None and shape and 1 < shape[-1] <= CAP
-    return Arr(shape, {}, known, fit_columns(value) if short else None)
+    return Arr(shape, {}, known, fit_columns(value) if short else None, zeros.pattern(value) if known is None else None)
 
 
 class _Interpreter:
@@ -165,8 +166,11 @@ class _Interpreter:
         if name == "iota":
             return [self._iota(eqn.params, shapes[0])]
         touched = any(arg.scope for arg in args)
-        moved = name in VIEWS and args[0].known is not None
-        reads = RULES[name]({**eqn.params, LOOPS: self.loops}, args, shapes) if touched or moved else [[]] * len(shapes)
+        moved = name in VIEWS and (args[0].known is not None or args[0].support is not None)
+        params = {**eqn.params, LOOPS: self.loops}
+        reads = RULES[name](params, args, shapes) if touched or moved else [[]] * len(shapes)
+        if touched and name in ("reduce_sum", "dot_general"):
+            reads = [zeros.summed(mine, name, params, args) for mine in reads]
         outs = []
         for v, shape, mine in zip(eqn.outvars, shapes, reads, strict=True):
             known, columns = None, None
@@ -174,8 +178,27 @@ class _Interpreter:
             if isinstance(dtype, np.dtype) and dtype.kind in "iub":
                 known = _integers(name, args, shape, dtype, mine, shape + self.loops)
                 columns = side_by_side(name, eqn.params, args, shape)
-            outs.append(Arr(shape, self.scope(name, mine, args, shape) if touched else {}, known, columns))
+            support = None if known else self._support(name, eqn.params, args, shape, mine)
+            scope = self.scope(name, mine, args, shape) if touched else {}
+            if name in ("mul", "and", "select_n"):
+                scope = {site: zeros.masked(m, support, shape + self.loops) for site, m in scope.items()}
+            outs.append(Arr(shape, scope, known, columns, support))
         return outs
+
+    def _support(
+        self, name: str, params: Params, args: Sequence[Arr], shape: Shape, reads: Sequence[Read]
+    ) -> Known | None:
+        """Where an output may be other than zero."""
+        extent = shape + self.loops
+        if name in VIEWS and reads and args[0].support is not None:
+            return args[0].support.seen(_tight(reads[0].view, args[0].shape), extent)
+        if name not in zeros.CARRYING:
+            return None
+        found = [a.known if name == "select_n" and k == 0 else zeros.support(a) for k, a in enumerate(args)]
+        if not any(found):
+            return None
+        seen = [f and f.seen(spread(a.shape, shape), extent) for f, a in zip(found, args, strict=True)]
+        return zeros.carried(name, params, seen, extent)
 
     def _iota(self, params: Params, shape: Shape) -> Arr:
         axis, dtype = params["dimension"], params["dtype"]

@@ -239,6 +239,7 @@ class Arr(NamedTuple):
     scope: Scope
     known: Known | None = None
     columns: tuple[Known | None, ...] | None = None  # known integers at each index of the last axis
+    support: Known | None = None  # true where it may be other than zero; None: anywhere
 
 
 class Read(NamedTuple):

@@ -54,6 +54,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "or": np.logical_or,
     "not": np.logical_not,
     "neg": np.negative,
+    "abs": np.abs,
     "sign": np.sign,
     "select_n": lambda which, *cases: np.choose(which, cases),
     "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),

@@ -183,7 +183,8 @@ class _Scan:
         """One step of what is scanned over."""
         view = (Along(self.loop), *(Along(d) for d in range(len(x.shape) - 1)))
         scope = self.walker.scope("scan", [Read(0, view)], [x], x.shape[1:])
-        return Arr(x.shape[1:], scope, x.known and x.known.seen(view, x.shape[1:] + self.walker.loops))
+        known, support = (k and k.seen(view, x.shape[1:] + self.walker.loops) for k in (x.known, x.support))
+        return Arr(x.shape[1:], scope, known, support=support)
 
     def _relabel(self, scope: Scope, change: Callable[[Entry], Entry], shape: Shape) -> Scope:
         changed = {site: {tuple(map(change, m)) for m in maps} for site, maps in scope.items()}

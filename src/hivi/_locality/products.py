@@ -1,6 +1,6 @@
 """Matrix products under a change of a few coordinates: `eta + (z_k' - z_k) W_k` instead of a whole product.
 
-Where a latent enters a product through the axis that is summed, one colour changes one index of that axis. The
+Where a latent enters a product through the axis that is summed, one colour changes one index of that axis, or a few. The
 product's change is then an outer product, and all K differences cost about as much elementwise work as K evaluations
 of what follows the product, without the products themselves.
 """
@@ -21,19 +21,19 @@ from hivi._locality.base import Along, Maps
 
 
 class Product(NamedTuple):
-    """A product of which one colour changes one index of the summed axis.
+    """A product of which one colour changes few indices of the summed axis.
 
     Attributes:
         moving: which operand depends on the latent, 0 or 1.
         axes: the summed axis of either operand.
         latent: the latent's axis that runs along it.
-        places: colour on that axis -> index of the summed axis that it changes; -1 for none.
+        places: colour on that axis -> indices of the summed axis that it changes; -1 for none.
     """
 
     moving: int
     axes: tuple[int, int]
     latent: int
-    places: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]
 
 
 class Plan(NamedTuple):
@@ -92,7 +92,7 @@ def candidates(jaxpr: jex.Jaxpr, site: Any) -> list[tuple[jex.JaxprEqn, int]]:
 
 
 def product(eqn: jex.JaxprEqn, moving: int, maps: Maps, palette: Sequence[np.ndarray]) -> Product | None:
-    """How a product changes under one colour, or None where several indices of the summed axis may change.
+    """How a product changes under one colour, or None where more than a quarter of the summed axis may change.
 
     Args:
         eqn: the product.
@@ -110,11 +110,12 @@ def product(eqn: jex.JaxprEqn, moving: int, maps: Maps, palette: Sequence[np.nda
         reached = entry.offset + entry.stride * np.arange(operand.shape[entry.axis])
         inside = np.flatnonzero((reached >= 0) & (reached < len(colours)))
         own = colours[reached[inside]]
-        if len(own) == len(set(own.tolist())) > 0:
-            places = np.full(int(colours.max()) + 1, -1)
-            places[own] = inside
+        changed = [inside[own == colour].tolist() for colour in range(int(colours.max()) + 1)]
+        most = max(map(len, changed))
+        if most == 1 or 0 < 4 * most <= operand.shape[entry.axis]:
+            places = tuple((*of, *[-1] * (most - len(of))) for of in changed)
             place = list(summed[moving]).index(entry.axis)
-            return Product(moving, (int(summed[0][place]), int(summed[1][place])), latent, tuple(places.tolist()))
+            return Product(moving, (int(summed[0][place]), int(summed[1][place])), latent, places)
     return None
 
 
@@ -216,15 +217,19 @@ def _update(
     eqn: jex.JaxprEqn, how: Product, operands: list[Any], before: Array, change: Array, colour: Sequence[Array]
 ) -> Array:
     index = colour[how.latent]
-    same = how.places == tuple(range(change.shape[how.axes[how.moving]]))
-    if not same:
+    single = len(how.places[0]) == 1
+    if not single or [p for (p,) in how.places] != list(range(change.shape[how.axes[how.moving]])):
         index = jnp.asarray(how.places)[index]
     operands[how.moving] = change
-    parts = [lax.dynamic_slice_in_dim(x, index, 1, axis) for x, axis in zip(operands, how.axes, strict=True)]
-    found = _outer(eqn, parts)
-    if min(how.places) < 0:
-        found = jnp.where(index >= 0, found, jnp.zeros((), found.dtype))
-    return before + found
+    if single:
+        index = jnp.reshape(index, ())
+        parts = [lax.dynamic_slice_in_dim(x, index, 1, axis) for x, axis in zip(operands, how.axes, strict=True)]
+        found = _outer(eqn, parts)
+        return before + (jnp.where(index >= 0, found, jnp.zeros((), found.dtype)) if (-1,) in how.places else found)
+    parts = [jnp.take(x, jnp.maximum(index, 0), axis) for x, axis in zip(operands, how.axes, strict=True)]
+    along = jnp.expand_dims(index, [d for d in range(change.ndim) if d != how.axes[how.moving]])
+    parts[how.moving] = jnp.where(along >= 0, parts[how.moving], jnp.zeros((), change.dtype))
+    return before + _jaxprs.evaluate_equation(eqn, parts)[0]
 
 
 def _outer(eqn: jex.JaxprEqn, parts: Sequence[Array]) -> Array:

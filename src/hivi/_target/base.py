@@ -134,9 +134,11 @@ class Target(eqx.Module):
             here = leaves[k] if k < len(leaves) else None
             array = isinstance(here, jax.Array | np.ndarray) and not isinstance(here, jax.core.Tracer)
             if array and digest(np.asarray(here)) != known:
-                text = "integers other than those from which it was read which datum meets which latent"
+                text = (
+                    "other integers, or other zeros, than those from which it was read which datum meets which latent"
+                )
                 cure = "make a new target of the new data"
-                raise TargetError(message(f"target {self.name!r}, data", text, "the same integers", cure))
+                raise TargetError(message(f"target {self.name!r}, data", text, "the same integers and zeros", cure))
 
     def __repr__(self) -> str:
         """Name and sites; `hivi.explain` says the rest."""

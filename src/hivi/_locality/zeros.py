@@ -1,0 +1,212 @@
+"""Where arrays are zero, so that sums and products skip these places.
+
+A matrix of constants that is mostly zeros (an adjacency, blocks, a band, indicators of groups) says which coordinates meet: an
+element of `z @ W` depends on those z_i alone for which W_ij is not zero. What is known is a boolean array, true where a number
+may be other than zero; None: anywhere. A latent is finite, so that zero times a latent is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.core import Tracer
+
+from hivi._locality.base import (
+    CAP,
+    LIMIT,
+    LOOPS,
+    NOWHERE,
+    All,
+    Along,
+    Arr,
+    AxisMap,
+    Const,
+    Entry,
+    Known,
+    Maps,
+    Params,
+    Read,
+    Shape,
+    Table,
+    table,
+    used,
+    values,
+)
+from hivi._locality.integers import fold
+
+_KEEP = """
+abs asin asinh atan ceil convert_element_type copy copy_p erf expm1 floor log1p neg real reduce_precision round sign sin sinh
+sqrt square stop_gradient tan tanh
+"""
+KEEPING = frozenset(_KEEP.split())
+"""Functions of one number that are zero at zero."""
+
+
+def pattern(value: Any) -> Known | None:
+    """Where a concrete array is not zero, if it is zero in at least half of its places."""
+    mask = _nonzero(value)
+    return None if mask is None else _known(table(range(mask.ndim), mask))
+
+
+def sparse(value: Any) -> bool:
+    """Whether `pattern` reads an array."""
+    return _nonzero(value) is not None
+
+
+def _nonzero(value: Any) -> np.ndarray | None:
+    dtype = np.dtype(float) if isinstance(value, float) else getattr(value, "dtype", None)
+    if isinstance(value, Tracer) or not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
+        return None  # bfloat16 and the like are of another kind, and stay unread
+    if not 0 < np.size(value) <= LIMIT:
+        return None
+    mask = np.asarray(np.asarray(value) != 0)
+    return mask if 2 * np.count_nonzero(mask) <= mask.size else None
+
+
+def _known(entry: Entry) -> Known | None:
+    return None if isinstance(entry, All) else Known(entry, 0, 1)
+
+
+def support(arg: Arr) -> Known | None:
+    """Where an operand may be other than zero."""
+    if arg.support is not None or arg.known is None:
+        return arg.support
+    if isinstance(arg.known.entry, Table):
+        entry = arg.known.entry
+        return _known(table(entry.axes, entry.array() != 0))
+    return Known(Const(0), 0, 0) if arg.known.entry == Const(0) else None
+
+
+def carried(name: str, params: Params, seen: Sequence[Known | None], extent: Shape) -> Known | None:
+    """Where the result of an elementwise primitive may be other than zero.
+
+    Args:
+        name: the primitive.
+        params: its parameters.
+        seen: where its operands may be, seen along the output; of the first of `select_n`, its values.
+        extent: sizes of the output's axes, then those of the enclosing loops, innermost first.
+    """
+    if name in KEEPING or name == "div" or (name == "integer_pow" and params["y"] > 0):
+        return seen[0]
+    if name in ("mul", "and"):
+        known = [s for s in seen if s is not None]
+        return known[0] if len(known) == 1 else _folded("and", known, extent)
+    if name in ("add", "sub", "or", "add_any"):
+        return _folded("or", seen, extent)
+    if name == "select_n" and len(seen) == 3 and seen[0] is not None:
+        anywhere = Known(Const(1), 1, 1)
+        return _folded("select_n", [seen[0], *(s or anywhere for s in seen[1:])], extent)
+    return None
+
+
+def _folded(name: str, known: Sequence[Known | None], extent: Shape) -> Known | None:
+    return None if not known or None in known else fold(name, known, np.dtype(bool), extent)
+
+
+CARRYING = KEEPING | {"div", "integer_pow", "mul", "and", "add", "sub", "or", "add_any", "select_n"}
+"""Elementwise primitives of `carried`."""
+
+
+def places(known: Known | None, shape: Shape, summed: Sequence[int], loops: Shape) -> list[dict[int, Entry]] | None:
+    """The places that a sum over some axes of an array reads, one after the other, or None where they are all or many.
+
+    Args:
+        known: where the array may be other than zero.
+        shape: its shape.
+        summed: its axes that are summed.
+        loops: lengths of the loops around, innermost first.
+
+    Returns:
+        For each number k, summed axis -> index of the k-th place as an entry over the array's other axes.
+    """
+    if known is None or not summed:
+        return None
+    extent = shape + loops
+    kept = [*(a for a in used(known.entry) if a < 0), *(d for d in range(len(shape)) if d not in summed)]
+    axes = sorted([*kept, *summed])
+    sizes = [extent[d] for d in axes]
+    if math.prod(sizes) > LIMIT:
+        return None
+    mask = np.broadcast_to(values(known.entry, axes, extent) != 0, sizes).transpose(
+        [axes.index(d) for d in (*kept, *summed)]
+    )
+    cells = mask.reshape(math.prod(extent[d] for d in kept), -1)
+    most = int(cells.sum(1).max(initial=0))
+    if most > CAP or most >= cells.shape[1]:
+        return None
+    order = np.argsort(~cells, axis=1, kind="stable")[:, :most]
+    found = []
+    for k in range(most):
+        some = cells[np.arange(len(cells)), order[:, k]]
+        index = np.unravel_index(order[:, k], [shape[d] for d in summed])
+        tables = [np.where(some, i, NOWHERE).reshape([extent[d] for d in kept]) for i in index]
+        found.append({d: table(kept, t) for d, t in zip(summed, tables, strict=True)})
+    return found
+
+
+def summed(reads: Sequence[Read], name: str, params: Params, args: Sequence[Arr]) -> list[Read]:
+    """The reads of a sum or of a product of matrices, without those of places where the numbers are zero."""
+    if name == "reduce_sum":
+        found = places(args[0].support, args[0].shape, [int(a) for a in params["axes"]], params[LOOPS])
+        kept = [d for d in range(len(args[0].shape)) if d not in params["axes"]]
+        return _placed(reads[0], found, {d: k for k, d in enumerate(kept)}, {})
+    contract, _ = params["dimension_numbers"]
+    out: list[Read] = []
+    for read in reads:
+        other = 1 - read.operand
+        weights, view = args[other], reads[other].view or ()
+        found = places(support(weights), weights.shape, [int(d) for d in contract[other]], params[LOOPS])
+        names = {d: e.axis for d, e in enumerate(view) if isinstance(e, Along)}
+        same = dict(zip(map(int, contract[other]), map(int, contract[read.operand]), strict=True))
+        out += _placed(read, found, names, same)
+    return out
+
+
+def _placed(
+    read: Read, found: list[dict[int, Entry]] | None, names: dict[int, int], same: dict[int, int]
+) -> list[Read]:
+    """One read for each place.
+
+    Args:
+        read: how the whole axes are read.
+        found: the places, over axes of the weights.
+        names: axis of the weights -> axis of the result that runs along it.
+        same: summed axis of the weights -> that of the operand; empty where they are one array.
+    """
+    if found is None or read.view is None:
+        return [read]
+    out = []
+    for place in found:
+        view = list(read.view)
+        for d, entry in place.items():
+            view[same.get(d, d)] = _renamed(entry, names)
+        out.append(read._replace(view=tuple(view)))
+    return out
+
+
+def _renamed(entry: Entry, names: dict[int, int]) -> Entry:
+    """An entry whose axes have other names."""
+    if isinstance(entry, Along):
+        return entry._replace(axis=names.get(entry.axis, entry.axis))
+    return table([names.get(a, a) for a in entry.axes], entry.array()) if isinstance(entry, Table) else entry
+
+
+def masked(maps: Maps, known: Known | None, extent: Shape) -> Maps:
+    """Maps without the elements that are zero, where coordinates along different axes meet, as in J_ij z_i z_j."""
+    if known is None or len({frozenset(a for e in m for a in used(e)) for m in maps}) < 2:
+        return maps
+    return frozenset(_masked(m, known.entry, extent) for m in maps)
+
+
+def _masked(m: AxisMap, mask: Entry, extent: Shape) -> AxisMap:
+    """Where the mask is false, the first axis that can say so reads nothing."""
+    for k, entry in enumerate(m):
+        axes = sorted({*used(entry), *used(mask)})
+        if isinstance(entry, All) or math.prod(extent[a] for a in axes) > LIMIT:
+            continue
+        index = np.where(values(mask, axes, extent) != 0, values(entry, axes, extent), NOWHERE)
+        return (*m[:k], table(axes, index), *m[k + 1 :])
+    return m
