@@ -332,6 +332,9 @@ def test_what_is_no_corpus(tmp_path: Path) -> None:
         read_corpus(tmp_path / "nothing")
     with pytest.raises(CorpusError, match=r"line 1: found 'hello'; expected a UCI"):
         read_corpus(write(tmp_path / "hello", "hello\n"))
+    sp.save_npz(tmp_path / "counts.npz", sp.eye_array(3, format="csr"))
+    with pytest.raises(CorpusError, match=r"found an archive .*mmwrite"):
+        read_corpus(tmp_path / "counts.npz")
     with pytest.raises(CorpusError, match=r"no \.txt file"):
         read_corpus(tmp_path)
     for name in ("a", "b"):

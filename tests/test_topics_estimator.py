@@ -363,6 +363,7 @@ def test_a_hierarchical_family(tmp_path):
         ({"batch_size": 0.5}, "batch_size"),
         ({"passes": "10"}, "passes"),
         ({"warm_up": None}, "warm_up"),
+        ({"family": "hierarchy"}, "did you mean 'hierarchical'"),
         ({"transform_passes": 1.5}, "transform_passes"),
         ({"total_documents": None}, "total_documents"),
         ({"priors": {"level": 0.3}}, "priors"),
@@ -378,6 +379,12 @@ def test_refuses_negative_counts(model):
         DeepExponentialFamily(**SMALL).fit(-X)
     with pytest.raises(ValueError, match="40 features"):
         model.transform(X[:, :39])
+
+
+@pytest.mark.parametrize("texts", [["a cat", "a dog"], np.array(["a cat", "a dog"])])
+def test_refuses_texts(texts):
+    with pytest.raises(TypeError, match=r"found texts; .*CountVectorizer"):
+        DeepExponentialFamily(**SMALL).fit(texts)
 
 
 def test_refuses_a_corpus_of_other_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -49,6 +50,11 @@ class Codes(AbstractFamily):
 
     def __check_init__(self) -> None:
         require_count("Codes(bits=...)", self.bits, "correct the number")
+
+    def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
+        return dataclasses.replace(
+            self, start=None
+        )  # codes are not repeated row by row, whatever the start: `by_rows` says so
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         link = Link(sites)

@@ -185,7 +185,11 @@ def evaluate(
     ] = False,
     passes: Annotated[
         int | None,
-        typer.Option("--passes", min=0, help="Gradient steps per test document; 60 if not given."),
+        typer.Option(
+            "--passes",
+            min=0,
+            help="Gradient steps per test document; 60 if not given. 0: the inference network's own answer.",
+        ),
     ] = None,
     seed: Seed = 0,
     json: Json = False,

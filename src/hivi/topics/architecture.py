@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpyro.distributions import constraints
 
-from hivi._errors import TargetError, message, require_positive
+from hivi._errors import TargetError, message, nearest, require_positive
 from hivi._space import Plate, Site, make_site
 
 PLATE = "documents"
@@ -85,15 +85,12 @@ class Architecture:
     priors: Priors = dataclasses.field(default_factory=Priors)
 
     def __post_init__(self) -> None:
-        _check(
-            "layers",
-            self.layers,
-            len(self.layers) > 0 and all(isinstance(k, int | np.integer) and k > 0 for k in self.layers),
-            "positive integers, from the words up",
-        )
-        _check("latent", self.latent, self.latent in SUPPORTS, f"one of {list(SUPPORTS)}")
-        _check("observations", self.observations, self.observations in ("poisson", "bernoulli"), "poisson or bernoulli")
-        _check("weights", self.weights, self.weights in ("gamma", "normal"), "gamma or normal")
+        if not len(self.layers) or not all(isinstance(k, int | np.integer) and k > 0 for k in self.layers):
+            found, expected = repr(self.layers), "positive integers, from the words up"
+            raise TargetError(message("deep exponential family, layers", found, expected, "correct them"))
+        _one_of("latent", self.latent, tuple(SUPPORTS))
+        _one_of("observations", self.observations, ("poisson", "bernoulli"))
+        _one_of("weights", self.weights, ("gamma", "normal"))
         if self.latent == "bernoulli" and not self.priors.level < 1:
             found, cure = (
                 f"{self.priors.level!r} with Bernoulli latents",
@@ -126,6 +123,7 @@ class Architecture:
         return tuple(out)
 
 
-def _check(name: str, value: Any, fine: bool, expected: str) -> None:
-    if not fine:
-        raise TargetError(message(f"deep exponential family, {name}={value!r}", "not usable", expected, "correct it"))
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in known:
+        where, expected = f"deep exponential family, {name}", f"one of {list(known)}"
+        raise TargetError(message(where, repr(value), expected, nearest(str(value), known, "choose one of them")))

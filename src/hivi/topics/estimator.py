@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, check_non_negative, validate_data
 
 from hivi._curvature import Curvature
-from hivi._errors import CorpusError, FamilyError, TargetError, message, require_count, require_positive
+from hivi._errors import CorpusError, FamilyError, TargetError, message, nearest, require_count, require_positive
 from hivi._families.base import AbstractFamily
 from hivi._families.mean_field import MeanField
 from hivi._fit.progress import plain_lines
@@ -337,13 +337,16 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if isinstance(chosen, str) and chosen in PREDEFINED:
             return PREDEFINED[chosen](self._architecture())
         expected = f"None, one of {list(PREDEFINED)}, or a family"
-        cure = "pass hivi.MeanField(), or hivi.Hierarchical(..., shared=True)"
+        cure = nearest(str(chosen), PREDEFINED, "pass hivi.MeanField(), or hivi.Hierarchical(..., shared=True)")
         raise FamilyError(message(f"{OWN}(family=...)", repr(chosen), expected, cure))
 
     def _documents(self, X: Any, method: str, *, reset: bool = False) -> Corpus | Counts:
         """What scikit-learn accepts, or a corpus, as documents; checked."""
         if isinstance(X, Corpus):
             return self._corpus(X, reset)
+        if _texts(X):
+            cure = "count their words first, by sklearn.feature_extraction.text.CountVectorizer"
+            raise TypeError(message(f"{OWN}.{method}(X)", "texts", "counts of words, (documents, words)", cure))
         X = validate_data(self, X, reset=reset, accept_sparse="csr", dtype=NUMBERS)
         check_non_negative(X, f"{type(self).__name__}.{method}")
         if reset:
@@ -379,6 +382,12 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         used = liveness(means[0][None], self.components_)
         self.topic_shares_, self.alive_ = used.share, used.alive
         self.n_iter_ = trained.passes
+
+
+def _texts(X: Any) -> bool:
+    """Whether X is a list or array of strings."""
+    first = X[0] if isinstance(X, list | tuple | np.ndarray) and np.ndim(X) == 1 and len(X) else None
+    return isinstance(first, str)
 
 
 def _some_words(documents: Corpus | Counts) -> None:
