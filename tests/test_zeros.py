@@ -134,3 +134,8 @@ def test_zeros_that_are_data_are_read_and_then_stay(dtype):
         hivi.from_log_joint(lambda z, w: jnp.tanh(w @ z["z"]), latents, data=jnp.asarray(FULL)).factored.program.read
         == ()
     )
+
+
+def test_explain_counts_alike_tables():
+    target = hivi.from_log_joint(lambda z: jnp.tanh(TORUS @ z["z"]), {"z": hivi.Latent(LINE, constraints.boolean)})
+    assert "touches z[table[i]] (4 tables)" in hivi.explain(target)

@@ -338,7 +338,8 @@ def _maps(site: str, maps: Any) -> str:
     ordered = sorted(maps, key=lambda m: [(type(e).__name__, e) for e in m])
     fixed = [m for m in ordered if len(m) == 1 and type(m[0]).__name__ == "Const"]
     shown = _ranges([m[0].index for m in fixed]) + [", ".join(_entry(e) for e in m) for m in ordered if m not in fixed]
-    return " and ".join(f"{site}[{entry}]" for entry in shown)
+    counted = Counter(shown)  # different tables read alike
+    return " and ".join(f"{site}[{entry}]" + (f" ({n} tables)" if n > 1 else "") for entry, n in counted.items())
 
 
 def _ranges(places: list[int]) -> list[str]:
