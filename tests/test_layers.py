@@ -39,7 +39,8 @@ PAIRS = {
         (("_locality/axes.py"), f"_locality/{part}.py")
         for part in ("rules", "indexing", "integers", "loops", "merging", "zeros")
     ),
-    ("_locality/zeros.py", "_locality/integers.py"),
+    *(("_locality/reading.py", f"_locality/{part}.py") for part in ("axes", "zeros")),
+    *(("_locality/zeros.py", f"_locality/{part}.py") for part in ("rules", "integers")),
     *(
         ("_families/hierarchical.py", f"_families/{part}.py")
         for part in ("auxiliary", "flow", "full_rank", "low_rank", "mean_field", "mixture")

@@ -381,7 +381,9 @@ def test_refuses_negative_counts(model):
         model.transform(X[:, :39])
 
 
-@pytest.mark.parametrize("texts", [["a cat", "a dog"], np.array(["a cat", "a dog"])])
+@pytest.mark.parametrize(
+    "texts", [["a cat", "a dog"], np.array(["a cat", "a dog"]), [b"a cat"], [["a", "cat"], ["dog"]]]
+)
 def test_refuses_texts(texts):
     with pytest.raises(TypeError, match=r"found texts; .*CountVectorizer"):
         DeepExponentialFamily(**SMALL).fit(texts)

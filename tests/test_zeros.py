@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from numpyro.distributions import constraints
 import hivi
 from cases import quick
 from hivi._factored import factorise
-from hivi._locality.base import CAP
+from hivi._locality.base import ALL, CAP
 from hivi._locality.colour import colours
 
 RNG = np.random.default_rng(0)
@@ -90,29 +91,62 @@ def test_few_colours_and_right_differences(name):
         np.testing.assert_allclose(after - signal(z)[index], change[index], rtol=1e-4, atol=1e-4)
 
 
-def test_a_product_of_few_zeros_is_still_updated():
-    """Of 40 coordinates a row reads 32 at most: nearly as many colours as coordinates, and each a cheap update."""
-    weights = RNG.normal(size=(40, 30)) * (RNG.random((40, 30)) < 0.4)
+@pytest.mark.parametrize("infinite", [False, True])
+def test_a_product_whose_colours_move_some_places_is_still_updated(infinite):
+    """A row of 40 reads 6: of ten colours or so each changes a few places of the product."""
+    weights = np.zeros((40, 30))
+    for column in weights.T:
+        column[RNG.choice(40, 6, replace=False)] = RNG.normal(size=6)
+    weights[np.flatnonzero(weights[:, 0])[0], 0] = -np.inf if infinite else 1.0
     z = jnp.asarray(RNG.integers(0, 2, 40), jnp.int32)
 
     def fn(z: Array) -> Array:
-        return jnp.sum(jnp.tanh(z @ weights))
+        return jnp.sum(jnp.tanh((z + 1.0) @ weights))
 
     factored = factorise(lambda z: {"log p": fn(z["z"])}, {"z": z})
-    assert 20 < count(factored, (40,)) < 40
+    assert 5 < count(factored, (40,)) < 25
     program, _ = factored.program.restrict(factored.program.touching("z"))
     plan = program.moves("z", len(factored.consts), (40,)).plan
     (how,) = plan.products.values()
     assert len(how.places[0]) > 1
     change = quick(lambda z: factored.differences("z", (1 - z)[None], {"z": z}))(z)[0]
+    alone = (
+        weights[:, 0] == 0 if infinite else np.ones(40, bool)
+    )  # infinity less itself is no number, one by one either
+    np.testing.assert_allclose(change[alone], brute(fn, z)[alone], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "most"), [(4 * CAP, CAP + 1), (20, 6)])
+def test_many_places_are_the_whole_axis(size, most):
+    """One map of the axis costs less than a table for each place, where all would meet all anyhow."""
+    weights = np.zeros((3, size))
+    weights[0, :most] = 1.0
+    factored = factorise(lambda z: {"log p": jnp.tanh(weights @ z["z"])}, {"z": jnp.zeros(size)})
+    assert [f.maps("z") for f in factored.factors] == [{(ALL,)}]
+
+
+CHAIN = np.eye(8) + np.eye(8, k=1)
+COARSE = np.kron(np.ones((2, 2)), np.eye(4)).astype(np.uint8) * 3
+NOT_FINITE: dict[str, Callable[[Array], Array]] = {
+    "log": lambda z: jnp.nan_to_num(CHAIN @ jnp.log(z), nan=1.0, neginf=-1.0),
+    "log, summed": lambda z: jnp.nan_to_num((CHAIN * jnp.log(z)).sum(1), nan=1.0, neginf=-1.0),
+    "exp": lambda z: jnp.nan_to_num(CHAIN @ jnp.exp(1000.0 * z), nan=1.0, posinf=0.3),
+    "quotient": lambda z: jnp.nan_to_num((CHAIN / z).sum(1), nan=1.0, posinf=0.3),
+    "quotient of integers": lambda z: (COARSE // z.astype(jnp.uint8)).astype(float).sum(1) * 1e-3,
+    "quotient of signed integers": lambda z: lax.div(CHAIN.astype(jnp.int32), jnp.tile(z, (8, 1))).sum(1) * 0.1,
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_zero_times_what_may_be_infinite_is_not_zero(name):
+    z = jnp.asarray([0, 1, 1, 0, 1, 0, 0, 1], jnp.int32)
+
+    def fn(z: Array) -> Array:
+        return jnp.sum(jnp.tanh(NOT_FINITE[name](z)))
+
+    factored = factorise(lambda z: {"log p": fn(z["z"])}, {"z": z})
+    change = quick(lambda z: factored.differences("z", (1 - z)[None], {"z": z}))(z)[0]
     np.testing.assert_allclose(change, brute(fn, z), rtol=1e-4, atol=1e-4)
-
-
-def test_more_places_than_the_cap_are_the_whole_axis():
-    weights = np.zeros((3, 4 * CAP))
-    weights[0, : CAP + 1] = 1.0
-    factored = factorise(lambda z: {"log p": jnp.tanh(weights @ z["z"])}, {"z": jnp.zeros(4 * CAP)})
-    assert count(factored, (4 * CAP,)) == 4 * CAP
 
 
 def regression(x: Array, y: Array) -> None:
@@ -123,17 +157,45 @@ def regression(x: Array, y: Array) -> None:
 
 
 @pytest.mark.parametrize("dtype", [float, np.float32, int])
-def test_zeros_that_are_data_are_read_and_then_stay(dtype):
-    """A design matrix of indicators. Other numbers at the same places are welcome, others are refused."""
+def test_a_design_matrix_of_indicators_is_read(dtype):
     target = hivi.from_numpyro(regression, INDICATORS.astype(dtype), SEEN)
     assert count(target.factored, (6,)) == 1
-    latents = {"z": hivi.Latent(LINE, constraints.boolean)}
-    target = hivi.from_log_joint(lambda z, w: jnp.tanh(w @ z["z"]), latents, data=jnp.asarray(BAND))
+
+
+LATENT = {"z": hivi.Latent(LINE, constraints.boolean)}
+
+
+@pytest.mark.parametrize("dtype", [float, int])
+def test_zeros_that_are_data_stay(dtype):
+    """Other numbers at the same places are welcome, others are refused."""
+    data = np.round(10 * BAND).astype(dtype)
+    target = hivi.from_log_joint(lambda z, w: jnp.tanh(w @ z["z"]), LATENT, data=data)
     assert count(target.factored, LINE) == 3
-    assert (
-        hivi.from_log_joint(lambda z, w: jnp.tanh(w @ z["z"]), latents, data=jnp.asarray(FULL)).factored.program.read
-        == ()
-    )
+    assert dataclasses.replace(target, data=2 * target.data).data.shape == BAND.shape
+    with pytest.raises(hivi.TargetError, match="other zeros"):
+        dataclasses.replace(target, data=target.data + 1)
+
+
+def test_only_what_locality_rests_on_stays():
+    seen = np.eye(SIZE)[:5]  # mostly zeros, too
+
+    def log_joint(z, data):
+        return {"w": jnp.tanh(data["w"] @ z["z"]), "y": data["y"] * jnp.sin(z["z"])}
+
+    target = hivi.from_log_joint(log_joint, LATENT, data={"w": BAND, "y": seen})
+    assert count(target.factored, LINE) == 3
+    assert dataclasses.replace(target, data={**target.data, "y": target.data["y"] + 1.0}).data["y"].shape == seen.shape
+    dense = hivi.from_log_joint(log_joint, LATENT, data={"w": FULL, "y": seen})
+    assert dense.factored.program.read == ()
+
+
+def test_numbers_that_single_precision_takes_for_zero():
+    far = np.arange(SIZE, dtype=float)
+    kernel = np.exp(
+        -40.0 * (far[:, None] - far) ** 2
+    )  # from 1e-1000 on zero in double precision, from 1e-45 on in single
+    target = hivi.from_log_joint(lambda z, w: jnp.tanh(w @ z["z"]), LATENT, data=kernel)
+    assert count(target.factored, LINE) == 3
 
 
 def test_explain_counts_alike_tables():

@@ -77,8 +77,10 @@ def learnt(target: Target, proposal: AbstractProposal, chosen: Chosen, key: Arra
 
 def exact(problem: Problem, target: Target, proposal: AbstractProposal) -> np.ndarray | None:
     """The gradient of the mean-field bound by enumeration; None where there are too many states."""
-    shape = () if problem.table is None else problem.table.shape
-    if any(not s.discrete for s in target.sites) or not 0 < np.prod(shape) <= FEW or problem.upper is not None:
+    if problem.table is None or any(not s.discrete for s in target.sites):
+        return None
+    shape = problem.table.shape
+    if not 0 < np.prod(shape) <= FEW or problem.upper is not None:
         return None
     cells, latents, start = states(shape), {}, 0
     for s in target.sites:

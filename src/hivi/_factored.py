@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -26,13 +25,13 @@ from hivi._errors import TargetError, message
 from hivi._locality import products
 from hivi._locality.accumulators import unfold
 from hivi._locality.axes import scopes
-from hivi._locality.base import ALL, Factor, Loss, Maps
+from hivi._locality.base import Factor, Loss, Maps
 from hivi._locality.colour import colours
 from hivi._locality.peel import peel
 from hivi._locality.place import place
+from hivi._locality.reading import closest
 from hivi._locality.rolling import roll
 from hivi._locality.sums import PASSES, push
-from hivi._locality.zeros import sparse
 from hivi._space import Latents
 from hivi._tree import PyTree, sum_all
 
@@ -50,7 +49,8 @@ class Program:
         factors: one per output.
         losses: where locality was given up.
         key: fingerprint that decides equality.
-        read: pairs (leaf of the other arguments, digest) of the arrays on whose integers or zeros the factors' scopes rest.
+        read: pairs (leaf of the other arguments, digest) of the arrays on whose integers or zeros the factors' scopes rest;
+            `_locality.reading.unchanged` compares.
     """
 
     jaxpr: jex.Jaxpr
@@ -302,18 +302,9 @@ def factorise(
     jaxpr = _jaxprs.trimmed(_jaxprs.rebuild(jaxpr, outvars=[t.var for t in parts]))
     # Captured arrays stay arguments of the compiled program, but indices among them are part of its structure.
     fixed = _jaxprs.rebuild(jaxpr, invars=jaxpr.invars[len(consts) :], constvars=jaxpr.invars[: len(consts)])
-    seeds = [*sites, *[None] * len(leaves)]
-    found, losses = scopes(fixed, seeds, consts)
-    read: tuple[tuple[int, str], ...] = ()
-    known = [_pattern(leaf, integers=any(loss.site in indexed for loss in losses)) for leaf in leaves]
-    if indexed and any(x is not None for x in known):
-        closer, left = scopes(fixed, seeds, consts, [*[None] * len(sites), *known])
-        gained = {s for s in indexed if _width(s, closer, left) < _width(s, found, losses)}
-        found = [old | {s: m for s, m in new.items() if s in gained} for old, new in zip(found, closer, strict=True)]
-        losses = [x for x in losses if x.site not in gained] + [x for x in left if x.site in gained]
-        read = tuple((k, digest(x)) for k, x in enumerate(known) if x is not None) if gained else ()
+    reading = closest(fixed, sites, leaves, consts, indexed)
     scales = scales or {}
-    found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, found, strict=True)]
+    found = [dict((declared or {}).get(names[t.output], scope)) for t, scope in zip(parts, reading.scopes, strict=True)]
     factors = tuple(
         Factor(
             name=names[t.output],
@@ -323,29 +314,8 @@ def factorise(
         )
         for t, scope in zip(parts, found, strict=True)
     )
-    program = Program(jaxpr, sites, factors, tuple(losses), _jaxprs.fingerprint(jaxpr), read)
+    program = Program(jaxpr, sites, factors, tuple(reading.losses), _jaxprs.fingerprint(jaxpr), reading.read)
     return Factored(program, tuple(consts), tuple((*key, rule) for key, rule in (overrides or {}).items()))
-
-
-def digest(x: np.ndarray) -> str:
-    """A fingerprint of integers, whatever their width, or of where real numbers are zero."""
-    read = x != 0 if x.dtype.kind == "f" else x
-    return hashlib.sha256(np.ascontiguousarray(read, np.int64).tobytes()).hexdigest()
-
-
-def _pattern(leaf: Any, integers: bool) -> np.ndarray | None:
-    """An argument whose values say which coordinates meet: integers, where they are wanted, and matrices of mostly zeros."""
-    here = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
-    if not here or leaf.dtype.kind not in "iubf":
-        return None
-    zeros = leaf.ndim > 1 and sparse(leaf)
-    return np.asarray(leaf) if zeros or (integers and leaf.dtype.kind in "iub") else None
-
-
-def _width(site: str, scopes: Sequence[Mapping[str, Maps]], losses: Sequence[Loss]) -> tuple[int, int]:
-    """How much of a site the terms touch: places where locality was lost, and axes of which all is touched."""
-    whole = sum(m.count(ALL) for scope in scopes for m in scope.get(site, ()))
-    return sum(x.site == site for x in losses), whole
 
 
 def _real(name: str, value: Any) -> Array:

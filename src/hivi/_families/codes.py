@@ -52,9 +52,8 @@ class Codes(AbstractFamily):
         require_count("Codes(bits=...)", self.bits, "correct the number")
 
     def at_row(self, sites: tuple[Site, ...], row: Int[Array, ""]) -> AbstractFamily:
-        return dataclasses.replace(
-            self, start=None
-        )  # codes are not repeated row by row, whatever the start: `by_rows` says so
+        # Codes are not repeated row by row, whatever the start: `by_rows` says so.
+        return dataclasses.replace(self, start=None)
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         link = Link(sites)

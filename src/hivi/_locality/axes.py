@@ -67,8 +67,8 @@ def scopes(
     Args:
         jaxpr: an open jaxpr.
         seeds: for each input variable, the name of the latent that it is, or None.
-        consts: values of the constant variables. Integer arrays among them that are affine in one
-            index keep indexing exact; the answer then holds for these values only.
+        consts: values of the constant variables. Integer arrays among them keep indexing exact, and zeros say what
+            products skip; the answer then holds for these values only.
         inputs: in the same way, values of the input variables that are not latents; None where not known.
 
     Returns:
@@ -79,7 +79,7 @@ def scopes(
     try:
         constants = interpreter.constants(jaxpr, consts)
         args = [
-            _literal(_shape(v), x) if site is None else Arr(_shape(v), {site: identity(len(sizes[site]))})
+            _literal(_shape(v), x) if site is None else Arr(_shape(v), {site: identity(len(sizes[site]))}, finite=True)
             for v, site, x in zip(jaxpr.invars, seeds, inputs or [None] * len(seeds), strict=True)
         ]
         outs = interpreter.run(jaxpr, constants, args)
@@ -178,27 +178,17 @@ class _Interpreter:
             if isinstance(dtype, np.dtype) and dtype.kind in "iub":
                 known = _integers(name, args, shape, dtype, mine, shape + self.loops)
                 columns = side_by_side(name, eqn.params, args, shape)
-            support = None if known else self._support(name, eqn.params, args, shape, mine)
-            scope = self.scope(name, mine, args, shape) if touched else {}
+            scope, support = self.scope(name, mine, args, shape) if touched else {}, None
+            if name in VIEWS and mine and args[0].support is not None:
+                support = args[0].support.seen(_tight(mine[0].view, args[0].shape), shape + self.loops)
+            elif known is None:
+                real = isinstance(dtype, np.dtype) and dtype.kind == "f"
+                support = zeros.carried(name, params, args, shape, real)
             if name in ("mul", "and", "select_n"):
                 scope = {site: zeros.masked(m, support, shape + self.loops) for site, m in scope.items()}
-            outs.append(Arr(shape, scope, known, columns, support))
+            finite = touched and zeros.stays_finite(name, params, args)
+            outs.append(Arr(shape, scope, known, columns, support, finite))
         return outs
-
-    def _support(
-        self, name: str, params: Params, args: Sequence[Arr], shape: Shape, reads: Sequence[Read]
-    ) -> Known | None:
-        """Where an output may be other than zero."""
-        extent = shape + self.loops
-        if name in VIEWS and reads and args[0].support is not None:
-            return args[0].support.seen(_tight(reads[0].view, args[0].shape), extent)
-        if name not in zeros.CARRYING:
-            return None
-        found = [a.known if name == "select_n" and k == 0 else zeros.support(a) for k, a in enumerate(args)]
-        if not any(found):
-            return None
-        seen = [f and f.seen(spread(a.shape, shape), extent) for f, a in zip(found, args, strict=True)]
-        return zeros.carried(name, params, seen, extent)
 
     def _iota(self, params: Params, shape: Shape) -> Arr:
         axis, dtype = params["dimension"], params["dtype"]

@@ -240,6 +240,7 @@ class Arr(NamedTuple):
     known: Known | None = None
     columns: tuple[Known | None, ...] | None = None  # known integers at each index of the last axis
     support: Known | None = None  # true where it may be other than zero; None: anywhere
+    finite: bool = False  # of an array that depends on latents: whether it is finite wherever they are
 
 
 class Read(NamedTuple):
@@ -265,3 +266,12 @@ LOOPS = "hivi loops"
 Params: TypeAlias = Mapping[str, Any]
 Rule: TypeAlias = Callable[[Params, Sequence[Arr], Sequence[Shape]], list[list[Read]]]
 """What a primitive reads: from its parameters, operands and output shapes, the reads of every output."""
+
+_FINITE = """
+abs add add_any and broadcast_in_dim ceil clamp concatenate convert_element_type copy cos cumsum dot_general
+dynamic_slice eq floor gather ge gt iota le logistic lt max min mul ne neg not or pad reduce_and reduce_max reduce_min
+reduce_or reduce_sum rem reshape rev round select_n sign sin slice split sqrt square squeeze stack stop_gradient sub
+tanh tile transpose xor
+"""
+FINITE = frozenset(_FINITE.split())
+"""Primitives that give finite numbers from finite numbers."""

@@ -184,7 +184,7 @@ class _Scan:
         view = (Along(self.loop), *(Along(d) for d in range(len(x.shape) - 1)))
         scope = self.walker.scope("scan", [Read(0, view)], [x], x.shape[1:])
         known, support = (k and k.seen(view, x.shape[1:] + self.walker.loops) for k in (x.known, x.support))
-        return Arr(x.shape[1:], scope, known, support=support)
+        return Arr(x.shape[1:], scope, known, support=support, finite=x.finite)
 
     def _relabel(self, scope: Scope, change: Callable[[Entry], Entry], shape: Shape) -> Scope:
         changed = {site: {tuple(map(change, m)) for m in maps} for site, maps in scope.items()}

@@ -17,7 +17,7 @@ from jax.extend import core as jex
 from jaxtyping import Array
 
 from hivi import _jaxprs
-from hivi._locality.base import Along, Maps
+from hivi._locality.base import FINITE, Along, Maps
 
 
 class Product(NamedTuple):
@@ -58,16 +58,6 @@ class Plan(NamedTuple):
     outs: tuple[Any, ...]
 
 
-_NAMES = """
-abs add add_any and broadcast_in_dim ceil clamp concatenate convert_element_type copy cos cumsum dot_general
-dynamic_slice eq floor gather ge gt iota le logistic lt max min mul ne neg not or pad reduce_and reduce_max reduce_min
-reduce_or reduce_sum rem reshape rev round select_n sign sin slice split sqrt square squeeze stack stop_gradient sub
-tanh tile transpose xor
-"""
-_FINITE = frozenset(_NAMES.split())
-"""Primitives that give finite numbers from finite numbers."""
-
-
 def candidates(jaxpr: jex.Jaxpr, site: Any) -> list[tuple[jex.JaxprEqn, int]]:
     """Products of which one operand (its number) depends on an input, and the other does not.
 
@@ -78,7 +68,7 @@ def candidates(jaxpr: jex.Jaxpr, site: Any) -> list[tuple[jex.JaxprEqn, int]]:
     for eqn in jaxpr.eqns:
         moving = [v for v in eqn.invars if not isinstance(v, jex.Literal) and v in touched]
         held = eqn.primitive.name == "clamp" and moving == [eqn.invars[1]]
-        if moving and (held or (eqn.primitive.name in _FINITE and finite.issuperset(moving))):
+        if moving and (held or (eqn.primitive.name in FINITE and finite.issuperset(moving))):
             finite.update(eqn.outvars)
     found = []
     for eqn in jaxpr.eqns:
@@ -226,10 +216,14 @@ def _update(
         parts = [lax.dynamic_slice_in_dim(x, index, 1, axis) for x, axis in zip(operands, how.axes, strict=True)]
         found = _outer(eqn, parts)
         return before + (jnp.where(index >= 0, found, jnp.zeros((), found.dtype)) if (-1,) in how.places else found)
-    parts = [jnp.take(x, jnp.maximum(index, 0), axis) for x, axis in zip(operands, how.axes, strict=True)]
-    along = jnp.expand_dims(index, [d for d in range(change.ndim) if d != how.axes[how.moving]])
-    parts[how.moving] = jnp.where(along >= 0, parts[how.moving], jnp.zeros((), change.dtype))
+    parts = [_taken(x, index, axis) for x, axis in zip(operands, how.axes, strict=True)]
     return before + _jaxprs.evaluate_equation(eqn, parts)[0]
+
+
+def _taken(x: Array, index: Array, axis: int) -> Array:
+    """Some slices of an array, and zeros for those of number -1."""
+    inside = jnp.expand_dims(index >= 0, [d for d in range(x.ndim) if d != axis])
+    return jnp.where(inside, jnp.take(x, jnp.maximum(index, 0), axis), jnp.zeros((), x.dtype))
 
 
 def _outer(eqn: jex.JaxprEqn, parts: Sequence[Array]) -> Array:

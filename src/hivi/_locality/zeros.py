@@ -2,20 +2,22 @@
 
 A matrix of constants that is mostly zeros (an adjacency, blocks, a band, indicators of groups) says which coordinates meet: an
 element of `z @ W` depends on those z_i alone for which W_ij is not zero. What is known is a boolean array, true where a number
-may be other than zero; None: anywhere. A latent is finite, so that zero times a latent is zero.
+may be other than zero; None: anywhere. Zero times what depends on latents is zero where that is finite, as `Arr.finite` says: not
+for `W @ log(z)`, of which zero times infinity is a part. Signs of zeros (`arctan2`, `signbit`) are not followed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.core import Tracer
 
 from hivi._locality.base import (
     CAP,
+    FINITE,
     LIMIT,
     LOOPS,
     NOWHERE,
@@ -36,27 +38,22 @@ from hivi._locality.base import (
     values,
 )
 from hivi._locality.integers import fold
+from hivi._locality.rules import spread
 
-_KEEP = """
+_KEEPING = """
 abs asin asinh atan ceil convert_element_type copy copy_p erf expm1 floor log1p neg real reduce_precision round sign sin sinh
 sqrt square stop_gradient tan tanh
 """
-KEEPING = frozenset(_KEEP.split())
-"""Functions of one number that are zero at zero."""
 
 
 def pattern(value: Any) -> Known | None:
-    """Where a concrete array is not zero, if it is zero in at least half of its places."""
-    mask = _nonzero(value)
+    """`nonzero`, as the engine writes it."""
+    mask = nonzero(value)
     return None if mask is None else _known(table(range(mask.ndim), mask))
 
 
-def sparse(value: Any) -> bool:
-    """Whether `pattern` reads an array."""
-    return _nonzero(value) is not None
-
-
-def _nonzero(value: Any) -> np.ndarray | None:
+def nonzero(value: Any) -> np.ndarray | None:
+    """Where a concrete array is not zero; None if it is zero in less than half of its places, or cannot be read."""
     dtype = np.dtype(float) if isinstance(value, float) else getattr(value, "dtype", None)
     if isinstance(value, Tracer) or not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
         return None  # bfloat16 and the like are of another kind, and stay unread
@@ -80,77 +77,124 @@ def support(arg: Arr) -> Known | None:
     return Known(Const(0), 0, 0) if arg.known.entry == Const(0) else None
 
 
-def carried(name: str, params: Params, seen: Sequence[Known | None], extent: Shape) -> Known | None:
-    """Where the result of an elementwise primitive may be other than zero.
+Seen: TypeAlias = Sequence[Known | None]
+
+
+def _same(params: Params, seen: Seen, extent: Shape) -> Known | None:
+    return seen[0]
+
+
+def _power(params: Params, seen: Seen, extent: Shape) -> Known | None:
+    return seen[0] if params["y"] > 0 else None
+
+
+def _product(params: Params, seen: Seen, extent: Shape) -> Known | None:
+    known = [s for s in seen if s is not None]
+    return _folded("and", known, extent)
+
+
+def _sum(params: Params, seen: Seen, extent: Shape) -> Known | None:
+    return _folded("or", seen, extent)
+
+
+def _choice(params: Params, seen: Seen, extent: Shape) -> Known | None:
+    which, *cases = seen
+    if which is None or len(cases) != 2:
+        return _folded("or", cases, extent)
+    return _folded("select_n", [which, *(c or Known(Const(1), 1, 1) for c in cases)], extent)
+
+
+def _folded(name: str, known: Seen, extent: Shape) -> Known | None:
+    if not known or None in known:
+        return None
+    return known[0] if all(k == known[0] for k in known) else fold(name, known, np.dtype(bool), extent)
+
+
+_CARRIED: dict[str, Callable[[Params, Seen, Shape], Known | None]] = {
+    **dict.fromkeys((*_KEEPING.split(), "div"), _same),
+    **dict.fromkeys(("mul", "and"), _product),
+    **dict.fromkeys(("add", "add_any", "sub", "or"), _sum),
+    "integer_pow": _power,
+    "select_n": _choice,
+}
+"""Elementwise primitives -> where the result may be other than zero, from where the operands may be (the values, of a choice)."""
+
+
+def carried(name: str, params: Params, args: Sequence[Arr], shape: Shape, real: bool) -> Known | None:
+    """Where the result of a primitive may be other than zero.
 
     Args:
         name: the primitive.
-        params: its parameters.
-        seen: where its operands may be, seen along the output; of the first of `select_n`, its values.
-        extent: sizes of the output's axes, then those of the enclosing loops, innermost first.
+        params: its parameters, `LOOPS` among them.
+        args: its operands.
+        shape: shape of the result.
+        real: whether the result is a real number: the integer quotient 0 / 0 is another number.
     """
-    if name in KEEPING or name == "div" or (name == "integer_pow" and params["y"] > 0):
-        return seen[0]
-    if name in ("mul", "and"):
-        known = [s for s in seen if s is not None]
-        return known[0] if len(known) == 1 else _folded("and", known, extent)
-    if name in ("add", "sub", "or", "add_any"):
-        return _folded("or", seen, extent)
-    if name == "select_n" and len(seen) == 3 and seen[0] is not None:
-        anywhere = Known(Const(1), 1, 1)
-        return _folded("select_n", [seen[0], *(s or anywhere for s in seen[1:])], extent)
-    return None
+    if name not in _CARRIED or (name == "div" and (args[1].scope or not real)):
+        return None
+    if name == "mul" and not all(map(finite, args)):
+        return None
+    found = [a.known if name == "select_n" and k == 0 else support(a) for k, a in enumerate(args)]
+    if not any(found):
+        return None
+    extent = shape + params[LOOPS]
+    return _CARRIED[name](
+        params, [f and f.seen(spread(a.shape, shape), extent) for f, a in zip(found, args, strict=True)], extent
+    )
 
 
-def _folded(name: str, known: Sequence[Known | None], extent: Shape) -> Known | None:
-    return None if not known or None in known else fold(name, known, np.dtype(bool), extent)
+def finite(arg: Arr) -> bool:
+    """Whether an operand is finite wherever the latents are; of what depends on none it does not matter."""
+    return arg.finite or not arg.scope
 
 
-CARRYING = KEEPING | {"div", "integer_pow", "mul", "and", "add", "sub", "or", "add_any", "select_n"}
-"""Elementwise primitives of `carried`."""
+def stays_finite(name: str, params: Params, args: Sequence[Arr]) -> bool:
+    """Whether the result of a primitive is finite wherever the latents are."""
+    fine = name in FINITE or (name == "div" and not args[1].scope) or (name == "integer_pow" and params["y"] > 0)
+    return fine and all(map(finite, args))
 
 
-def places(known: Known | None, shape: Shape, summed: Sequence[int], loops: Shape) -> list[dict[int, Entry]] | None:
+def places(known: Known | None, shape: Shape, over: Sequence[int], loops: Shape) -> list[dict[int, Entry]] | None:
     """The places that a sum over some axes of an array reads, one after the other, or None where they are all or many.
 
     Args:
         known: where the array may be other than zero.
         shape: its shape.
-        summed: its axes that are summed.
+        over: its axes that are summed.
         loops: lengths of the loops around, innermost first.
 
     Returns:
         For each number k, summed axis -> index of the k-th place as an entry over the array's other axes.
     """
-    if known is None or not summed:
+    if known is None or not over:
         return None
     extent = shape + loops
-    kept = [*(a for a in used(known.entry) if a < 0), *(d for d in range(len(shape)) if d not in summed)]
-    axes = sorted([*kept, *summed])
+    kept = [*(a for a in used(known.entry) if a < 0), *(d for d in range(len(shape)) if d not in over)]
+    axes = sorted([*kept, *over])
     sizes = [extent[d] for d in axes]
     if math.prod(sizes) > LIMIT:
         return None
     mask = np.broadcast_to(values(known.entry, axes, extent) != 0, sizes).transpose(
-        [axes.index(d) for d in (*kept, *summed)]
+        [axes.index(d) for d in (*kept, *over)]
     )
     cells = mask.reshape(math.prod(extent[d] for d in kept), -1)
     most = int(cells.sum(1).max(initial=0))
-    if most > CAP or most >= cells.shape[1]:
+    if most > CAP or most**2 > cells.shape[1]:  # all would meet all, and one map of the whole axis costs less
         return None
     order = np.argsort(~cells, axis=1, kind="stable")[:, :most]
     found = []
     for k in range(most):
         some = cells[np.arange(len(cells)), order[:, k]]
-        index = np.unravel_index(order[:, k], [shape[d] for d in summed])
+        index = np.unravel_index(order[:, k], [shape[d] for d in over])
         tables = [np.where(some, i, NOWHERE).reshape([extent[d] for d in kept]) for i in index]
-        found.append({d: table(kept, t) for d, t in zip(summed, tables, strict=True)})
+        found.append({d: table(kept, t) for d, t in zip(over, tables, strict=True)})
     return found
 
 
 def summed(reads: Sequence[Read], name: str, params: Params, args: Sequence[Arr]) -> list[Read]:
     """The reads of a sum or of a product of matrices, without those of places where the numbers are zero."""
     if name == "reduce_sum":
-        found = places(args[0].support, args[0].shape, [int(a) for a in params["axes"]], params[LOOPS])
+        found = places(support(args[0]), args[0].shape, [int(a) for a in params["axes"]], params[LOOPS])
         kept = [d for d in range(len(args[0].shape)) if d not in params["axes"]]
         return _placed(reads[0], found, {d: k for k, d in enumerate(kept)}, {})
     contract, _ = params["dimension_numbers"]
@@ -158,6 +202,9 @@ def summed(reads: Sequence[Read], name: str, params: Params, args: Sequence[Arr]
     for read in reads:
         other = 1 - read.operand
         weights, view = args[other], reads[other].view or ()
+        if not finite(args[read.operand]):
+            out.append(read)
+            continue
         found = places(support(weights), weights.shape, [int(d) for d in contract[other]], params[LOOPS])
         names = {d: e.axis for d, e in enumerate(view) if isinstance(e, Along)}
         same = dict(zip(map(int, contract[other]), map(int, contract[read.operand]), strict=True))

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from hivi._compile import compiled
 from hivi._errors import TargetError, message, nearest
-from hivi._factored import Factored, digest
+from hivi._factored import Factored
 from hivi._locality.base import Factor
+from hivi._locality.reading import unchanged
 from hivi._space import Latents, Plate, Site, constrain
 from hivi._tree import Key, PyTree
 
@@ -97,7 +98,7 @@ class Target(eqx.Module):
         sites: the latent sites; static.
         factored: log p as a sum of local factors of (z, data, rows).
         data: arrays that the model reads; arguments of every compiled use, so that new data of the same shapes
-            compile nothing anew. Where locality rests on integers among them, these cannot be replaced.
+            compile nothing anew. Where locality rests on integers or zeros among them, others are refused.
         plates: the subsampled plates.
         notes: what was decided while the model was read, for `hivi.explain`.
         constrainer: map to the model's own space, where supports depend on latents.
@@ -133,7 +134,7 @@ class Target(eqx.Module):
         for k, known in self.factored.program.read:
             here = leaves[k] if k < len(leaves) else None
             array = isinstance(here, jax.Array | np.ndarray) and not isinstance(here, jax.core.Tracer)
-            if array and digest(np.asarray(here)) != known:
+            if array and not unchanged(np.asarray(here), known):
                 text = (
                     "other integers, or other zeros, than those from which it was read which datum meets which latent"
                 )

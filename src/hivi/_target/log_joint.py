@@ -34,8 +34,8 @@ def from_log_joint(
             notes the shape of an array, which may be larger than meant: (n, 1) and (n,) broadcast to (n, n).
         latents: site -> its shape and support.
         data: optional PyTree of arrays, passed as second argument; new data of the same shapes compile nothing anew, but
-            where integers in them pick elements of discrete latents: these are read, to know which element meets which datum.
-            Arrays that the function closes over are treated likewise.
+            where integers in them pick elements of discrete latents, or zeros of a matrix leave them out: these are read, to know
+            which element meets which datum. Arrays that the function closes over are treated likewise.
         differences: optional closed forms: (term name, discrete site) -> `fn(z, moved, data, rows)`, the change of that
             whole term when one coordinate at a time takes its value in `moved`, as an array of the site's shape.
 
@@ -76,7 +76,7 @@ def from_log_joint(
             raise TargetError(message(f"log_joint, term {missing[0]!r}", "None", "a number", "return the log-density"))
         return out | {str(name): value for name, value in named.items()}
 
-    example = {s.name: s.example() for s in sites}
+    example, data = {s.name: s.example() for s in sites}, jax.tree.map(jnp.asarray, data)
     try:
         discrete = {s.name for s in sites if s.discrete}
         factored = factorise(terms, example, data, {}, overrides=differences, indexed=discrete)
@@ -88,7 +88,7 @@ def from_log_joint(
         raise
     except jax.errors.JAXTypeError as error:
         raise TargetError(traced_control_flow("log_joint", error)) from error
-    return Target("log_joint", sites, factored, jax.tree.map(jnp.asarray, data), notes=tuple(notes))
+    return Target("log_joint", sites, factored, data, notes=tuple(notes))
 
 
 def _site(name: str, latent: Latent) -> Site:

@@ -51,7 +51,8 @@ def from_numpyro(
     Args:
         model: a NumPyro model.
         *args: its arguments; arrays among them may change later without compiling anew. Integers that pick elements of
-            discrete latents (`a[group]`) are read, so that each element of `a` meets its own rows alone; others compile anew.
+            discrete latents (`a[group]`) are read, so that each element of `a` meets its own rows alone, and so are zeros of
+            matrices that are mostly zeros (`X @ a`); others compile anew.
         subsample: plate -> rows per minibatch, in place of the `subsample_size` that the model declares. Where the
             model does not use the row numbers itself, its array arguments are sliced along the plate.
         **kwargs: its keyword arguments.

@@ -285,7 +285,7 @@ def _tell(path: Path) -> Format:
     if lines and all(re.fullmatch(rb"\s*\d+\s*", line) for line in lines):
         return "uci"
     found_line = shown(lines[0]) if lines else "an empty file"
-    if found_line.startswith("'PK"):  # a zip archive, such as scipy.sparse.save_npz makes
+    if lines and lines[0].startswith(b"PK\x03\x04"):  # a zip archive, such as scipy.sparse.save_npz makes
         cure = "write the matrix as text: scipy.io.mmwrite('NAME.mtx', scipy.sparse.load_npz(...))"
         raise wrong(path, 1, "an archive (.npz or .zip)", "a UCI bag of words, LDA-C, or Matrix Market file", cure)
     cure = "say which by format=, or rename the file: docword.NAME.txt, NAME.ldac, NAME.mtx"

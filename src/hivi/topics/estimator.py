@@ -385,9 +385,11 @@ class DeepExponentialFamily(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
 
 def _texts(X: Any) -> bool:
-    """Whether X is a list or array of strings."""
-    first = X[0] if isinstance(X, list | tuple | np.ndarray) and np.ndim(X) == 1 and len(X) else None
-    return isinstance(first, str)
+    """Whether X is a sequence of texts, or of lists of words."""
+    rows = getattr(X, "to_numpy", lambda: X)() if getattr(X, "ndim", 0) == 1 else X  # a pandas Series
+    first = next(iter(rows), None) if isinstance(rows, list | tuple | np.ndarray) else None
+    words = first[:1] if isinstance(first, list | tuple) else [first]
+    return any(isinstance(w, str | bytes) for w in words)
 
 
 def _some_words(documents: Corpus | Counts) -> None:
