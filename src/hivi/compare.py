@@ -146,35 +146,30 @@ def compare(
     settings = {"steps": steps, "samples": samples, "progress": progress, **options}
     mean_field = next((n for n, f in chosen.items() if _same(f, MeanField())), None)
     wanted = grow and any(_growing(f) for f in chosen.values())
-    base = _base(target, wanted, mean_field is not None, keys, settings)
+    run = _Run(target, keys, settings, draws)
+    base = _base(run, wanted) if wanted or mean_field is not None else None
     curved = _curved(base, keys)
-    rows, fits = _rows(target, chosen, mean_field, base, curved, keys, settings, grow=grow, draws=draws)
+    rows, fits = _rows(run, chosen, mean_field, base, curved, grow)
     reference = None
     if nuts and fits:
-        rows, reference = _with_nuts(target, rows, fits, keys, warmup, draws)
+        rows, reference = _with_nuts(run, rows, fits, warmup)
     notes = {} if curved is None else {"Would a hierarchy help?": _verdict(curved)}
     return Comparison(judged(rows, reference, mean_field), fits, target.name, reference, notes)
 
 
-def _base(target: Target, wanted: bool, asked: bool, keys: _Keys, settings: Mapping[str, Any]) -> _Attempt | None:
-    """The mean-field fit, where it is asked for, or wanted by families that grow from it."""
-    if not (asked or wanted):
-        return None
-    announce("compare: mean-field" + (", at which others begin" if wanted else ""), settings["progress"])
-    return _try_fit(target, MeanField(), keys, settings)
+def _base(run: _Run, wanted: bool) -> _Attempt:
+    """The mean-field fit; whether other families grow from it."""
+    announce("compare: mean-field" + (", at which others begin" if wanted else ""), run.settings["progress"])
+    return _try_fit(run, MeanField())
 
 
 def _rows(
-    target: Target,
+    run: _Run,
     chosen: Mapping[str, Family],
     mean_field: str | None,
     base: _Attempt | None,
     curved: Curvature | None,
-    keys: _Keys,
-    settings: Mapping[str, Any],
-    *,
     grow: bool,
-    draws: int,
 ) -> tuple[list[Row], dict[str, Fit]]:
     """Every family's row, and the fits of those that did not fail."""
     rows: list[Row] = []
@@ -183,16 +178,16 @@ def _rows(
         if name == mean_field and base is not None:
             attempt = base
         else:
-            announce(f"compare: {name} ({number} of {len(chosen)})", settings["progress"])
+            announce(f"compare: {name} ({number} of {len(chosen)})", run.settings["progress"])
             first = _first(family, fits, base) if grow else None
-            attempt = _grow(target, family, first, curved, keys, settings)
-        row = _row(name, family, attempt, keys, draws)
+            attempt = _grow(run, family, first, curved)
+        row = _row(run, name, family, attempt)
         if attempt.fit is not None:
             fits[name] = attempt.fit
         if name == mean_field and curved is not None:
             row = dataclasses.replace(row, notes={"mixing": f"+{curved.gain_to_expect.mean:.2g}"})
         rows.append(row)
-        announce(f"compare: {name}: {row.error or f'bound {row.bound}'}", settings["progress"])
+        announce(f"compare: {name}: {row.error or f'bound {row.bound}'}", run.settings["progress"])
     return rows, fits
 
 
@@ -215,6 +210,15 @@ class _Keys(NamedTuple):
     start: Key
 
 
+class _Run(NamedTuple):
+    """What all families share: the target, keys, arguments of `hivi.fit`, and draws for k-hat."""
+
+    target: Target
+    keys: _Keys
+    settings: Mapping[str, Any]
+    draws: int
+
+
 class _Attempt(NamedTuple):
     """A fit, or why there is none; whether it was the family that refused the target; and what it grew from."""
 
@@ -224,21 +228,14 @@ class _Attempt(NamedTuple):
     remarks: tuple[str, ...] = ()
 
 
-def _grow(
-    target: Target,
-    family: Family,
-    base: _Attempt | None,
-    curved: Curvature | None,
-    keys: _Keys,
-    settings: Mapping[str, Any],
-) -> _Attempt:
+def _grow(run: _Run, family: Family, base: _Attempt | None, curved: Curvature | None) -> _Attempt:
     """A fit that grows from the mean-field one where it can; what does not suit that start is fitted from scratch."""
     start, remarks = _start(family, base, curved)
     if start is not None:
-        attempt = _try_fit(target, _started(family, start), keys, settings)
+        attempt = _try_fit(run, _started(family, start))
         if not attempt.refused:
             return attempt._replace(remarks=remarks)
-    return _try_fit(target, family, keys, settings)
+    return _try_fit(run, family)
 
 
 def _checked(families: Any) -> dict[str, Family]:
@@ -306,10 +303,10 @@ def _started(family: Any, start: Any) -> AbstractFamily:
     return dataclasses.replace(family, start=start)
 
 
-def _try_fit(target: Target, family: Family, keys: _Keys, settings: Mapping[str, Any]) -> _Attempt:
+def _try_fit(run: _Run, family: Family) -> _Attempt:
     """One fit; an error becomes text, whatever it is, so that the other families' results are not lost."""
     try:
-        return _Attempt(fit(target, family, key=keys.fit, **settings))
+        return _Attempt(fit(run.target, family, key=run.keys.fit, **run.settings))
     except FamilyError as error:
         return _Attempt(None, f"refused the target: {error}", refused=True)
     except HiviError as error:
@@ -318,7 +315,7 @@ def _try_fit(target: Target, family: Family, keys: _Keys, settings: Mapping[str,
         return _Attempt(None, f"could not be fitted: {_text(error)}")
 
 
-def _row(name: str, family: Family, attempt: _Attempt, keys: _Keys, draws: int) -> Row:
+def _row(run: _Run, name: str, family: Family, attempt: _Attempt) -> Row:
     """A family's row: its bounds, k-hat and costs, or what went wrong."""
     row = Row(name, str(family), error=attempt.error, remarks=attempt.remarks)
     found = attempt.fit
@@ -331,7 +328,7 @@ def _row(name: str, family: Family, attempt: _Attempt, keys: _Keys, draws: int) 
         "step_seconds": found.pace,
     }
     try:
-        known = measure(found, keys.bound, keys.draw, draws)
+        known = measure(found, run.keys.bound, run.keys.draw, run.draws)
     except HiviError as error:
         return dataclasses.replace(row, error=f"its bound could not be estimated: {error}", **costs)
     except Exception as error:  # the other families' results, and this fit, are worth more than the traceback
@@ -342,16 +339,14 @@ def _row(name: str, family: Family, attempt: _Attempt, keys: _Keys, draws: int) 
     )
 
 
-def _with_nuts(
-    target: Target, rows: list[Row], fits: Mapping[str, Fit], keys: _Keys, warmup: int, draws: int
-) -> tuple[list[Row], Any]:
+def _with_nuts(run: _Run, rows: list[Row], fits: Mapping[str, Fit], warmup: int) -> tuple[list[Row], Any]:
     """NUTS from the fit with the highest bound, and every row beside it."""
     known = {r.name: r.bound.mean for r in rows if r.bound is not None and math.isfinite(r.bound.mean)}
     first = max(known, key=lambda n: known[n]) if known else next(iter(fits))
-    reference, flat = run_nuts(target, fits[first], keys.nuts, warmup, draws)
+    reference, flat = run_nuts(run.target, fits[first], run.keys.nuts, warmup, run.draws)
     if not flat:
         return rows, reference
-    beside = {n: against(f, flat, keys.draw) for n, f in fits.items()}
+    beside = {n: against(f, flat, run.keys.draw) for n, f in fits.items()}
     return [dataclasses.replace(r, against=beside.get(r.name)) for r in rows], reference
 
 
