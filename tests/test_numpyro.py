@@ -947,3 +947,16 @@ def test_indices_are_read_for_discrete_sites_alone():
     found = target.factored.differences("a", (1 - z)[None], {"a": z}, target.data, {})[0]
     rows = np.bincount(np.asarray(group), minlength=4)
     np.testing.assert_allclose(found, rows * (norm.logpdf(0.5, 1 - z) - norm.logpdf(0.5, z)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "said"), [((5,), False), ((5, 1), True), ((1,), False), ((), False)])
+def test_observations_that_are_broadcast_are_noted(shape, said):
+    """As NumPyro does; but (5, 1) under a plate of 5 is seldom meant."""
+
+    def model(y):
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        with numpyro.plate("row", 5):
+            numpyro.sample("y", dist.Normal(1.0 * z, 1.0), obs=y)
+
+    text = "site 'y': observations of shape (5, 1) are broadcast to (5, 5), as NumPyro does: each counts 5 times"
+    assert (text in hivi.explain(hivi.from_numpyro(model, jnp.ones(shape)))) == said

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,6 +175,9 @@ def test_zeros_that_are_data_stay(dtype):
     assert dataclasses.replace(target, data=2 * target.data).data.shape == BAND.shape
     with pytest.raises(hivi.TargetError, match="other zeros"):
         dataclasses.replace(target, data=target.data + 1)
+    changed = eqx.tree_at(lambda t: t.data, target, target.data + 1)  # without a check
+    with pytest.raises(hivi.TargetError, match="other zeros"):
+        hivi.fit(changed, hivi.MeanField(), key=jax.random.key(0), steps=10, progress=False)
 
 
 def test_only_what_locality_rests_on_stays():

@@ -269,7 +269,7 @@ def classify(name: str, support: Constraint, ordered: bool = True) -> Values:
                 f"site {name!r}",
                 "integer bounds that depend on other latents",
                 "fixed bounds",
-                "give the count a fixed upper bound",
+                "give it fixed ones; for two in order, draw both freely and take jnp.minimum and jnp.maximum of them",
             )
         )
     if type(base) is type(constraints.integer_greater_than(0)) and lower is not None:

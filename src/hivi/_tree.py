@@ -65,3 +65,8 @@ def structure(tree: PyTree) -> Hashable:
     """All of a tree but the values of its arrays, whose shapes and types count; equal for trees that are traced alike."""
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, tuple((x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
+
+
+def taken(x: Array, numbers: Array | None, axis: int = 0) -> Array:
+    """Some rows of an array; all of them where no numbers are given."""
+    return x if numbers is None else jnp.take(x, numbers, axis=axis)

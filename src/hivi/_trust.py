@@ -11,6 +11,7 @@ from hivi._bounds import Elbo, ImportanceWeighted
 from hivi._errors import FitError, HiviError, message
 from hivi._families.base import Conditional
 from hivi._fit.result import Estimate, Fit, check_key
+from hivi._fit.stopping import EARLIEST
 from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._likelihoods.poisson import PoissonLikelihood
 from hivi._marginal import TRUSTED, KHat, marginal_khat
@@ -111,7 +112,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     if found.tighter is not None:
         rise = difference(found.tighter, found.bound)
         if clear(rise):
-            faults.append(f"its ELBO misses at least {rise.mean:.2g} nats of log p(x)")
+            faults.append(f"its ELBO misses at least {rise.mean:.2g} nats of log p(x), more where q never draws")
     if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)
         plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
@@ -143,6 +144,8 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
 
 def unfinished(steps: int) -> str:
     """What a fit that did not converge says."""
+    if steps < EARLIEST:
+        return f"{steps} steps are too few to tell whether it converged: take at least {EARLIEST}"
     return f"did not converge in {steps} steps, its bound was still rising: take more steps"
 
 

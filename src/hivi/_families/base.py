@@ -131,7 +131,7 @@ class AbstractProposal(eqx.Module):
         return {}
 
     def gather(self, rows: dict[str, Array]) -> AbstractProposal:
-        """The proposal for one minibatch: `rows` holds the row numbers of every subsampled plate."""
+        """The proposal for one minibatch: `rows` holds row numbers by plate; of a plate that is not there, all rows."""
         return self
 
     @property

@@ -20,7 +20,7 @@ from hivi._families.base import (
 from hivi._likelihood import likelihood, natural_gradient
 from hivi._likelihoods.normal import NormalLikelihood
 from hivi._space import Latents, Site
-from hivi._tree import Key, PyTree
+from hivi._tree import Key, PyTree, taken
 
 
 class MeanField(AbstractFamily):
@@ -97,7 +97,7 @@ class MeanFieldProposal(AbstractProposal):
         for s in self.sites:
             if s.local is not None:
                 plate, axis = s.local
-                lam[s.name] = jnp.take(lam[s.name], rows[plate.name], axis=axis)
+                lam[s.name] = taken(lam[s.name], rows.get(plate.name), axis)
         return MeanFieldProposal(self.sites, lam)
 
     def scales(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from hivi._errors import FamilyError, message
 from hivi._families.base import AbstractFamily, AbstractProposal, Conditional
 from hivi._likelihoods.base import AbstractLikelihood
 from hivi._space import Latents, Plate, Site
-from hivi._tree import Key, PyTree
+from hivi._tree import Key, PyTree, taken
 
 
 def by_rows(family: AbstractFamily, sites: tuple[Site, ...], plate: Plate, key: Key) -> AbstractProposal:
@@ -165,8 +165,8 @@ class RowsProposal(AbstractProposal):
 
     def gather(self, rows: dict[str, Array]) -> RowsProposal:
         own, rest = self._split()
-        taken = jax.tree.map(lambda x: x[rows[self.plate.name]], own)
-        return self._with(eqx.combine(taken, rest))
+        some = jax.tree.map(lambda x: taken(x, rows.get(self.plate.name)), own)
+        return self._with(eqx.combine(some, rest))
 
     @property
     def upstream(self) -> frozenset[str]:

@@ -155,6 +155,7 @@ def _prepared(target: Target, family: Any, given: _Settings, began: float) -> tu
     else:
         proposal, usual = _continue(given.start, target, family)
     _refuse_conjugate(proposal)
+    target.check_data()  # by eqx.tree_at they can be replaced without a check
     check_indices(target)
     check_start(target, starting_draws(proposal.gather(target.all_rows()), k_check))
     rate = usual if given.learning_rate is None else given.learning_rate

@@ -24,7 +24,7 @@ from hivi._families.product import build_proposal
 from hivi._fit import store
 from hivi._fit.rowwise import streamed_bounds
 from hivi._fit.unseen import at_rows
-from hivi._space import Latents, Site, constrain
+from hivi._space import Latents, Plate, Site, constrain
 from hivi._target.base import Target
 from hivi._tree import Key
 
@@ -257,15 +257,8 @@ def load(folder: str | Path, *, target: Target | None = None, family: Any = None
     path = Path(folder)
     arrays, meta = store.read(path, "fit")
     sites = tuple(store.decode_site(raw) for raw in meta["sites"])
-    if target is not None and target.sites != sites:
-        raise LoadError(
-            message(
-                str(path),
-                f"the sites {[(s.name, s.shape) for s in sites]}",
-                f"those of the target: {[(s.name, s.shape) for s in target.sites]}",
-                "pass the target of the saved run",
-            )
-        )
+    if target is not None:
+        sites = _for_target(path, sites, target)
     family = store.decode(meta["family"]) if family is None else family
     # Closed over: as an argument, a dict of families would lose its order.
     like = eqx.filter_eval_shape(lambda key: build_proposal(family, sites, key).bare(), jax.random.key(0))
@@ -284,6 +277,26 @@ def load(folder: str | Path, *, target: Target | None = None, family: Any = None
         strategies=meta["strategies"],
         program=store.read_program(path, "constrain"),
     )
+
+
+def _for_target(path: Path, sites: tuple[Site, ...], target: Target) -> tuple[Site, ...]:
+    """The sites of a saved run at another number of rows per minibatch, or at all rows: those of the target."""
+    alone = [dataclasses.replace(s, local=None) for s in sites]
+    known = {s.name: s.local for s in target.sites}
+    if [dataclasses.replace(s, local=None) for s in target.sites] != alone or any(
+        s.local is None and known[s.name] is not None for s in sites
+    ):
+        found = f"the sites {[(s.name, s.shape) for s in sites]}"
+        expected = f"those of the target: {[(s.name, s.shape) for s in target.sites]}"
+        raise LoadError(message(str(path), found, expected, "pass the target of the saved run"))
+
+    def local(s: Site) -> tuple[Plate, int] | None:
+        if s.local is None or known[s.name] is not None:
+            return known[s.name]
+        plate, axis = s.local
+        return plate._replace(batch=plate.size), axis
+
+    return tuple(dataclasses.replace(s, local=local(s)) for s in sites)
 
 
 def check_key(where: str, key: Any) -> None:

@@ -22,7 +22,7 @@ from hivi._families.base import AbstractProposal
 from hivi._fit import store
 from hivi._fit.progress import Bar
 from hivi._fit.step import CHUNK, Plan, State, run_chunk, step
-from hivi._fit.stopping import MAX_LOST, collapsed, levelled
+from hivi._fit.stopping import EARLIEST, MAX_LOST, collapsed, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, bounded, terms_of_draws
 from hivi._tree import Key, PyTree, finite
@@ -30,8 +30,6 @@ from hivi._tree import Key, PyTree, finite
 RECOVERIES = 6
 FORGIVE_AFTER = 20
 """Chunks without trouble after which earlier recoveries no longer count."""
-EARLIEST = 2000
-"""Steps before which a fit does not stop by itself: over shorter windows, noise hides a slow rise."""
 USUAL_STEPS = 4000
 """More than most fits take before their bound is level, whatever number of steps they may take."""
 SAVE_EVERY = 20.0

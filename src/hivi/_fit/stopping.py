@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+EARLIEST = 2000
+"""Steps before which a fit does not stop by itself: over shorter windows, noise hides a slow rise."""
 MIN_STEPS = 1000
 MAX_LOST = 0.05
 """Share of steps without a finite bound or gradient beyond which a fit is in trouble."""

@@ -129,7 +129,14 @@ class Target(eqx.Module):
     origin: AbstractOrigin | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        """Refuse other indices than those that locality was read from."""
+        self.check_data()
+
+    def check_data(self) -> None:
+        """Refuse other indices, or zeros of a matrix, than those that locality was read from.
+
+        Raises:
+            TargetError: the data were replaced by others.
+        """
         leaves = jax.tree.leaves(self.data) if self.factored.program.read else []
         for k, known in self.factored.program.read:
             here = leaves[k] if k < len(leaves) else None
@@ -278,12 +285,18 @@ def explain(target: Target) -> str:
         is "real, unconstrained from positive" has the logarithm of the model's positive value as its coordinate, and
         its shape is that of the coordinates. Factors that would read the same are one row, with their number.
 
+    Raises:
+        TargetError: no target.
+
     Example:
         >>> import hivi
         >>> target = hivi.from_log_joint(lambda z: -z["x"] ** 2, latents={"x": hivi.Latent()})
         >>> print(hivi.explain(target).splitlines()[0])
         target log_joint: 1 latent site, 1 factor
     """
+    if not isinstance(target, Target):
+        found, cure = f"a {type(target).__name__}", "make one of it by hivi.from_numpyro or hivi.from_log_joint"
+        raise TargetError(message("explain(target)", found, "a target", cure))
     count, factors = len(target.sites), len(target.factored.factors)
     lines = [
         f"target {target.name}: {count} latent site{'s' * (count != 1)}, {factors} factor{'s' * (factors != 1)}",

@@ -94,6 +94,7 @@ class Reader(numpyro_primitives.Messenger):
         plates: plate -> (its size, the `subsample_size` that the model declares).
         subsamples: whether the model calls `numpyro.subsample`.
         enumerated: discrete latents that ask to be enumerated.
+        repeated: observed statements whose values count more than once each, because their shape broadcasts -> a note on it.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Reader(numpyro_primitives.Messenger):
         self.plates: dict[str, tuple[int, int | None]] = {}
         self.subsamples = False
         self.enumerated: list[str] = []
+        self.repeated: dict[str, str] = {}
         self._draws: dict[str, _Draw] = {}
         super().__init__()
 
@@ -252,7 +254,10 @@ class Reader(numpyro_primitives.Messenger):
         """Fixed values that do not broadcast with their distribution; in a minibatch that tells how data are sliced."""
         shape, expected = jnp.shape(value), fn.shape()
         try:
-            np.broadcast_shapes(shape, expected)
+            full = np.broadcast_shapes(shape, expected)
+            if math.prod(shape) < math.prod(full) and math.prod(shape) > 1:
+                said = f"observations of shape {shape} are broadcast to {full}, as NumPyro does"
+                self.repeated[name] = f"{said}: each counts {math.prod(full) // math.prod(shape)} times"
         except ValueError as error:
             if self.rows:
                 raise

@@ -352,6 +352,7 @@ def _notes(source: _Source, found: _Found, slices: slicing.Slices) -> tuple[str,
         notes += [f"argument {source.names[k]}: axis {axis} is sliced along plate {plate!r}" for axis, plate in pairs]
     for name in found.reader.enumerated:
         notes.append(f"site {name!r}: infer={{'enumerate': ...}} is not used; the site gets its own q")
+    notes += [f"site {name!r}: {how}" for name, how in found.reader.repeated.items()]
     notes += [
         f"site {name!r}: masked coordinates keep their prior; nothing else depends on them" for name in found.masks
     ]
