@@ -23,7 +23,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("_bounds.py",),
     ("_estimators/",),
     ("_fit/",),
-    ("_marginal.py", "plots.py"),
+    ("_marginal.py", "_stationarity.py", "plots.py"),
     ("_trust.py",),
     ("_comparison.py",),
     ("diagnostics.py", "_curvature.py", "interop/"),

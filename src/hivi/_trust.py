@@ -15,6 +15,7 @@ from hivi._fit.stopping import EARLIEST
 from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._likelihoods.poisson import PoissonLikelihood
 from hivi._marginal import TRUSTED, KHat, marginal_khat
+from hivi._stationarity import odds
 from hivi._tree import Key
 
 TIGHTER = ImportanceWeighted(64)
@@ -73,9 +74,11 @@ class Trust(NamedTuple):
 def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     """Say how far a fit is to be trusted.
 
-    Three looks: whether it converged, how much its bound rises with 64 draws (that much it misses of log p(x) at least), and
-    k-hat of the marginal q(z): up to 0.5 its draws are good, up to 0.7 they are after reweighting, above not even then. None
-    of them sees a mode that q never visits; `hivi.compare` holds other families against it.
+    Four looks: whether it converged; how much its bound rises with 64 draws (that much it misses of log p(x) at least); k-hat of
+    the marginal q(z): up to 0.5 its draws are good, up to 0.7 they are after reweighting, above not even then; and whether a
+    Gibbs step would move its discrete coordinates: q(z_i) against the mean of p(z_i | all else), where that is not too dear.
+    None of them sees a mode that q never visits, but the last, where one coordinate alone leads there; `hivi.compare` holds
+    other families against it.
 
     Args:
         fit: a fit with its target.
@@ -125,7 +128,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
 
 
 def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
-    """The figures, with a fault where the bound is no number, and what could not be had."""
+    """The figures, with a fault where the bound is no number or conditionals are others', and what could not be had."""
     bound = fit.elbo(k_bound, bound=Elbo())
     faults, remarks = [] if math.isfinite(bound.mean) else ["its bound is not finite at fresh draws"], []
     tighter: Estimate | None = None
@@ -139,6 +142,10 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
         remarks += [] if khat.noise < ROUGH else [f"its log q is estimated only to ± {khat.noise:.1f} nats"]
     except HiviError as error:
         remarks.append(f"no k-hat ({_found(error)})")
+    try:
+        faults += [str(found) for found in odds(fit, jax.random.fold_in(k_draw, 1)) if found.clear]
+    except HiviError as error:
+        remarks.append(f"no conditionals ({_found(error)})")
     return Trust(bound, tighter, khat, tuple(faults), tuple(remarks))
 
 
