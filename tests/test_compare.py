@@ -149,7 +149,7 @@ def test_nuts_against_exact_moments(continuous: hivi.Comparison) -> None:
 def test_nuts_says_why_it_cannot_run() -> None:
     found = hivi.compare(table(), {"m": hivi.MeanField()}, key=KEY, steps=100, progress=False, nuts=True)
     assert "needs continuous latents only, and 'z' is discrete" in str(found)
-    assert any("100 steps are too few to tell" in f for f in found["m"].faults)
+    assert any("did not converge in 100 steps, too few" in f for f in found["m"].faults)
     assert found["m"].step_seconds is None  # all steps were in the chunk that compiles
 
 

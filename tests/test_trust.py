@@ -58,7 +58,10 @@ def test_each_fault_has_its_words():
     assert [f for f in heavy.faults if "k-hat" in f]
     assert "hivi.compare" in " ".join(heavy.remarks)
     short = hivi.trust(hivi.fit(student(), hivi.MeanField(), steps=20, **QUIET), key=KEY)
-    assert short.faults[0] == "20 steps are too few to tell whether it converged: take at least 2000"
+    assert (
+        short.faults[0]
+        == "did not converge in 20 steps, too few to tell whether its bound is level: take at least 2000"
+    )
     json.dumps(short.as_dict(), allow_nan=False)
 
 

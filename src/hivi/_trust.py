@@ -152,7 +152,9 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
 def unfinished(steps: int) -> str:
     """What a fit that did not converge says."""
     if steps < EARLIEST:
-        return f"{steps} steps are too few to tell whether it converged: take at least {EARLIEST}"
+        return (
+            f"did not converge in {steps} steps, too few to tell whether its bound is level: take at least {EARLIEST}"
+        )
     return f"did not converge in {steps} steps, its bound was still rising: take more steps"
 
 
