@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from hivi._compile import compiled
 from hivi._estimators.cost import operations
-from hivi._families.base import AbstractProposal
 from hivi._fit.result import Fit
+from hivi._marginal import weighed_draws
 from hivi._space import Latents, Site, Values
 from hivi._target.base import Target
 from hivi._tree import Key
@@ -76,19 +76,8 @@ def odds(fit: Fit, key: Key) -> list[Odds]:
     target = fit.target
     if target is None or target.plates or target.source is not None:
         return []
-    z = _draws(fit.proposal, target, key)
+    z, _ = weighed_draws(fit.proposal, target, key, DRAWS)
     return [found for s in target.sites if s.discrete and (found := _at(target, s, z)) is not None]
-
-
-@compiled
-def _draws(proposal: AbstractProposal, target: Target, key: Key) -> Latents:
-    local = proposal.gather(target.all_rows())
-
-    def one(k: Key) -> Latents:
-        k1, k2 = jax.random.split(k)
-        return local.propose(k2, jax.random.categorical(k1, local.log_weights()))[0]
-
-    return jax.lax.map(one, jax.random.split(key, DRAWS))
 
 
 def cells(values: Values, draws: np.ndarray) -> np.ndarray | None:

@@ -63,25 +63,26 @@ _NUMPY: dict[str, Callable[..., Any]] = {
 Maybe = Known | None
 
 
-def _concrete(value: Any) -> np.ndarray | None:
-    """The integers of a constant, or None where there are none to read."""
-    dtype = np.dtype(int) if isinstance(value, int) else getattr(value, "dtype", None)
-    if isinstance(value, Tracer) or not isinstance(dtype, np.dtype) or dtype.kind not in "iub":
-        return None  # (random keys have a dtype of their own)
-    if not 0 < np.size(value) <= _FIT_LIMIT or dtype == np.uint64:
+def concrete(value: Any, kinds: str = "iub", most: int = _FIT_LIMIT) -> np.ndarray | None:
+    """The numbers of a constant of these kinds, or None where there are none to read, or too many."""
+    plain = np.dtype(type(value)) if isinstance(value, int | float) else None
+    dtype = getattr(value, "dtype", plain)
+    if isinstance(value, Tracer) or not isinstance(dtype, np.dtype) or dtype.kind not in kinds:
+        return None  # random keys have a dtype of their own, bfloat16 and the like a kind
+    if not 0 < np.size(value) <= most or dtype == np.uint64:
         return None
     return np.asarray(value)
 
 
 def fit_columns(value: Any) -> tuple[Maybe, ...] | None:
     """Describe a concrete array at each index of its last axis."""
-    array = _concrete(value)
+    array = concrete(value)
     return None if array is None else tuple(fit(array[..., j]) for j in range(array.shape[-1]))
 
 
 def fit(value: Any) -> Maybe:
     """Describe a concrete array of integers; None where there are none, or too many."""
-    array = _concrete(value)
+    array = concrete(value)
     if array is None:
         return None
     if array.size == 1:

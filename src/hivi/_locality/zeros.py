@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from jax.core import Tracer
 
 from hivi._locality.base import (
     CAP,
@@ -37,7 +36,7 @@ from hivi._locality.base import (
     used,
     values,
 )
-from hivi._locality.integers import fold
+from hivi._locality.integers import concrete, fold
 from hivi._locality.rules import spread
 
 _KEEPING = """
@@ -54,12 +53,10 @@ def pattern(value: Any) -> Known | None:
 
 def nonzero(value: Any) -> np.ndarray | None:
     """Where a concrete array is not zero; None if it is zero in less than half of its places, or cannot be read."""
-    dtype = np.dtype(float) if isinstance(value, float) else getattr(value, "dtype", None)
-    if isinstance(value, Tracer) or not isinstance(dtype, np.dtype) or dtype.kind not in "fiub":
-        return None  # bfloat16 and the like are of another kind, and stay unread
-    if not 0 < np.size(value) <= LIMIT:
+    array = concrete(value, "fiub", LIMIT)
+    if array is None:
         return None
-    mask = np.asarray(np.asarray(value) != 0)
+    mask = np.asarray(array != 0)
     return mask if 2 * np.count_nonzero(mask) <= mask.size else None
 
 

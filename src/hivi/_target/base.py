@@ -142,9 +142,7 @@ class Target(eqx.Module):
             here = leaves[k] if k < len(leaves) else None
             array = isinstance(here, jax.Array | np.ndarray) and not isinstance(here, jax.core.Tracer)
             if array and not unchanged(np.asarray(here), known):
-                text = (
-                    "other integers, or other zeros, than those from which it was read which datum meets which latent"
-                )
+                text = "other integers or zeros than those from which it was read which datum meets which latent"
                 cure = "make a new target of the new data"
                 raise TargetError(message(f"target {self.name!r}, data", text, "the same integers and zeros", cure))
 
