@@ -22,6 +22,7 @@ from numpyro.distributions import constraints
 
 import hivi
 from cases import BOUNDS, TARGETS, built, perturbed, quick, states
+from hivi import _jaxprs
 from hivi._errors import FitError
 from hivi._estimators import control_variates, differences, disarm
 from hivi._estimators.base import AbstractStrategy, Average, nothing
@@ -129,9 +130,10 @@ ALPHAS = {
 
 
 @pytest.mark.parametrize("alpha", list(ALPHAS))
-@pytest.mark.parametrize("family", ["mean-field", "mixture", "hvm full-rank"])
+@pytest.mark.parametrize("family", ["mean-field", "mixture", "hvm full-rank", "mean-field, NumPyro"])
 def test_double_control_variates_have_the_right_mean(family, alpha):
-    target = smooth_chain()
+    target = from_numpyro() if "NumPyro" in family else smooth_chain()
+    family = family.removesuffix(", NumPyro")
     strategy = paired(hivi.DoubleControlVariates(), control_variates, independent, target, ALPHAS[alpha])
     assert_agrees(means(target, built(family, target), {"z": strategy}, BOUNDS["elbo"]))
 
@@ -145,6 +147,33 @@ def smooth_chain() -> hivi.Target:
         return {"field": field * value, "link": 0.7 * value[1:] * value[:-1], "cube": 0.2 * jnp.sum(value) ** 3}
 
     return hivi.from_log_joint(log_joint, {"z": hivi.Latent((3,), constraints.boolean)})
+
+
+def from_numpyro() -> hivi.Target:
+    """NumPyro's densities compare the values with the ends of their support, and take logarithms of others."""
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.Bernoulli(jnp.array([0.3, 0.6])).to_event(1))
+        numpyro.sample("x", dist.Normal((z + 1) @ jnp.array([1.0, -0.5]), 0.8), obs=0.7)
+
+    return hivi.from_numpyro(model)
+
+
+def test_evaluation_between_integers():
+    """Arithmetic goes on between the values, comparisons do not; a look-up is refused."""
+
+    def program(z: Array) -> Array:
+        return jnp.where(z >= 2, z * z, 0) + jnp.dot(z, jnp.array([3, 1])) + z.astype(jnp.int16) / 2
+
+    jaxpr, consts, _ = _jaxprs.trace(program, jnp.array([1, 2]))
+    jaxpr = _jaxprs.inline(jaxpr)
+    (found,) = _jaxprs.evaluate(jaxpr, [*consts, jnp.array([1.25, 1.75])])
+    np.testing.assert_allclose(found, [5.5 + 0.625, 1.75**2 + 5.5 + 0.875], rtol=1e-6)
+    (same,) = _jaxprs.evaluate(jaxpr, [*consts, jnp.array([1, 2])])
+    np.testing.assert_allclose(same, program(jnp.array([1, 2])), rtol=1e-6)
+    jaxpr, consts, _ = _jaxprs.trace(lambda z: jnp.arange(5.0)[z], jnp.array([1, 2]))
+    with pytest.raises((TypeError, ValueError), match="integer"):
+        _jaxprs.evaluate(_jaxprs.inline(jaxpr), [*consts, jnp.array([1.25, 1.75])])
 
 
 def no_weight(site: str, conditional: Conditional, evaluation: Any, b: Array) -> Any:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 """Primitives that only call their inner jaxpr, and may be inlined (a checkpoint then saves no memory)."""
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[jex.Jaxpr, list[Any], Any]:
@@ -97,10 +99,54 @@ def trimmed(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
 
 
 def evaluate(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> list[Any]:
-    """Run an open jaxpr on concrete or traced values."""
+    """Run an open jaxpr on concrete or traced values; on reals in place of integers, arithmetic is carried on between them.
+
+    Raises:
+        TypeError, ValueError: what takes integers alone (a look-up) is given reals.
+    """
+    real = any(_is_real(x, v) for v, x in zip(jaxpr.invars, args, strict=True))
     # Results that are literals of the program come back as numbers or NumPy arrays.
-    results = jax.core.eval_jaxpr(jaxpr, [], *args)
-    return [x if isinstance(x, jax.Array) else jax.numpy.asarray(x) for x in results]
+    results = _between(jaxpr, args) if real else jax.core.eval_jaxpr(jaxpr, [], *args)
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
+
+
+def _is_real(x: Any, v: Any) -> bool:
+    """Whether a value is real where the program has an integer."""
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.floating) and jnp.issubdtype(_dtype(v), jnp.integer))
+
+
+def _dtype(v: Any) -> Any:
+    return v.aval.dtype
+
+
+def _between(jaxpr: jex.Jaxpr, args: Sequence[Any]) -> list[Any]:
+    """`evaluate` on reals. Comparisons see the nearest integers (a support is checked at the values themselves)."""
+    known: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, jex.Literal) else known[v]
+
+    for eqn in jaxpr.eqns:
+        known.update(zip(eqn.outvars, _on_reals(eqn, [read(v) for v in eqn.invars]), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _on_reals(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """One equation of `_between`."""
+    pairs = list(zip(eqn.invars, operands, strict=True))
+    real = [x for v, x in pairs if _is_real(x, v)]
+    if not real:
+        return evaluate_equation(eqn, operands)
+    if eqn.primitive.name in COMPARISONS:
+        whole = [jnp.round(x).astype(_dtype(v)) if _is_real(x, v) else x for v, x in pairs]
+        return evaluate_equation(eqn, whole)
+    wide, params = jnp.result_type(*real), dict(eqn.params)
+    operands = [jnp.asarray(x, wide) if jnp.issubdtype(jnp.result_type(x), jnp.integer) else x for x in operands]
+    if eqn.primitive.name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.integer):
+        return list(operands)  # integers of another width
+    if params.get("preferred_element_type") is not None:
+        params["preferred_element_type"] = wide
+    return evaluate_equation(eqn.replace(params=params), operands)
 
 
 def evaluate_equation(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
@@ -109,7 +155,8 @@ def evaluate_equation(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     outs: list[Any] = [jex.Var(v.aval) for v in eqn.outvars]
     inner = eqn.replace(invars=binders, outvars=outs)
     alone = rebuild(_nothing(), invars=binders, outvars=outs, eqns=[inner], effects=eqn.effects)
-    return evaluate(alone, operands)
+    results = jax.core.eval_jaxpr(alone, [], *operands)
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
 
 
 @functools.cache
