@@ -66,6 +66,7 @@ PAIRS = {
     ("_estimators/auto.py", "_estimators/differences.py"),
     ("_estimators/auto.py", "_estimators/enumeration.py"),
     ("_estimators/auto.py", "_estimators/expectation.py"),
+    ("_estimators/surrogate.py", "_estimators/by_row.py"),
     ("_estimators/surrogate.py", "_estimators/expectation.py"),
     ("_estimators/surrogate.py", "_estimators/hierarchical_score.py"),
     ("_families/codes.py", "_families/auxiliary.py"),

@@ -79,6 +79,9 @@ class Forced(AbstractProposal):
     def scales(self) -> dict[str, float]:
         return self.own.scales()
 
+    def row_terms(self, plate: str) -> dict[str, int]:
+        return self.own.row_terms(plate)
+
     @property
     def branches(self) -> int:
         return self.own.branches

@@ -22,6 +22,7 @@ class AbstractBound(eqx.Module):
     """A lower bound on log p(x), in nats, estimated from `outer` stratified draws."""
 
     inner: eqx.AbstractVar[int]
+    plate: eqx.AbstractVar[str | None]
 
     @property
     @abc.abstractmethod
@@ -56,6 +57,7 @@ class Elbo(AbstractBound):
     """
 
     inner: int = 0
+    plate: str | None = eqx.field(init=False, default=None)
 
     def __check_init__(self) -> None:
         require_count("Elbo(inner=...)", self.inner, "correct the number", 0, FitError)
@@ -81,6 +83,14 @@ class ImportanceWeighted(AbstractBound):
         outer: M, importance samples of z (Burda et al. 2016); at least 1.
         inner: K, extra draws lambda ~ r(lambda|z) in log q (Sobolev & Vetrov 2019); 0 is eq. 5, and with the prior itself as
             auxiliary this is semi-implicit inference (Yin & Zhou 2018). Has no effect on families with exact density.
+        plate: name of a plate, for a bound taken row by row of it; None for one of all rows together.
+
+    With a plate g is drawn once, z_n M times, and the logarithm is taken for each row n (Burda et al. 2016, eq. 8):
+
+        E[log p(g) - log q(g) + N/B sum_n log 1/M sum_m p(x_n, z_nm | g) / q(z_nm)]
+
+    The bound then stays one in minibatches, and its weights do not degenerate as rows are added: it rises to that of the
+    exact q(z_n | x_n, g), where M draws of all rows together would hardly gain. Rows must be independent given g, in p and q.
 
     With stratified branches the draws of all branches enter the mean with their weights (Morningstar et al. 2021).
 
@@ -88,15 +98,22 @@ class ImportanceWeighted(AbstractBound):
         >>> import hivi
         >>> hivi.ImportanceWeighted(outer=1, inner=8).draws
         1
+        >>> hivi.ImportanceWeighted(outer=8, plate="data").plate
+        'data'
     """
 
     outer: int
     inner: int
+    plate: str | None
 
-    def __init__(self, outer: int = 1, inner: int = 0):
+    def __init__(self, outer: int = 1, inner: int = 0, plate: str | None = None):
         require_count("ImportanceWeighted(outer=...)", outer, "correct the number", 1, FitError)
         require_count("ImportanceWeighted(inner=...)", inner, "correct the number", 0, FitError)
-        self.outer, self.inner = int(outer), int(inner)
+        self.outer, self.inner, self.plate = int(outer), int(inner), plate
+
+    def __repr__(self) -> str:
+        own = "" if self.plate is None else f", plate={self.plate!r}"
+        return f"ImportanceWeighted(inner={self.inner}, outer={self.outer}{own})"
 
     @property
     def draws(self) -> int:

@@ -16,6 +16,7 @@ from hivi._bounds import AbstractBound
 from hivi._errors import FitError, TargetError, message, nearest
 from hivi._factored import Factored
 from hivi._families.base import AbstractProposal, Conditional
+from hivi._locality.base import Along, Factor
 from hivi._space import Latents, Site
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree
@@ -65,6 +66,7 @@ class Evaluation(NamedTuple):
         key: randomness for strategies that draw more.
         local: whether the bound is linear in the log-weight, so that terms which do not touch z_i may be left out.
         memory: what the strategy has learnt in earlier steps.
+        rows: for a bound that is taken row by row: site -> its axis of rows, and their number. `local` is False then.
         above: for a variable on which other draws depend: the log-weight at another value of it, with all that
             depends on it drawn anew. Its signal is the whole log-weight.
     """
@@ -74,6 +76,7 @@ class Evaluation(NamedTuple):
     key: Key | None = None
     local: bool = True
     memory: PyTree = ()
+    rows: Mapping[str, tuple[int, int]] | None = None
     above: Callable[[Array], Array] | None = None
 
     def total(self) -> Array:
@@ -88,14 +91,31 @@ class Evaluation(NamedTuple):
     def change(self, site: str, value: Array) -> Array:
         """What becomes of each coordinate's signal when the whole site moves, (*site shape).
 
-        For a bound that is not linear, the change of the whole log-weight, for every coordinate.
+        For a bound that is not linear, the change of the whole log-weight, or of its row's, for every coordinate.
         """
         if self.above is not None:
             return jnp.broadcast_to(self.above(value) - self.total(), value.shape)
         after = self.moved(site, value)
         if self.local:
             return after.signal(site) - self.signal(site)
+        if self.rows is not None:
+            axis, _ = self.rows[site]
+            change = after.row_weights(site) - self.row_weights(site)
+            return jnp.broadcast_to(jnp.expand_dims(change, [k for k in range(value.ndim) if k != axis]), value.shape)
         return jnp.broadcast_to(after.total() - self.total(), value.shape)
+
+    def row_weights(self, site: str) -> Array:
+        """For every row of a site, the sum of the terms that touch any of its coordinates."""
+        assert self.rows is not None
+        axis, size = self.rows[site]
+        out = jnp.zeros(size)
+        for part in self.parts:
+            for factor, term in zip(part.factored.factors, part.terms, strict=True):
+                along = row_axis(factor, site, axis, size)
+                if along is not None:
+                    each = jnp.sum(jnp.moveaxis(term, along, 0).reshape(size, -1), 1)
+                    out = out + part.sign * factor.weight * each
+        return out
 
     def derivative(self, site: str, direction: Array) -> tuple[Array, Array]:
         """Of log p, between the values of a site: along a direction, local like `signal`, and with respect to each coordinate.
@@ -134,6 +154,18 @@ class Evaluation(NamedTuple):
             for names, z in p.views
         ]
         return sum(found, jnp.zeros(moved.shape))
+
+
+def row_axis(factor: Factor, site: str, axis: int, size: int) -> int | None:
+    """The axis of a factor that runs along an axis of a site; None where it does not touch the site, -1 where none does."""
+    found = set()
+    for entries in factor.maps(site):
+        match entries[axis]:
+            case Along(along, 0, 1) if factor.shape[along] == size:
+                found.add(along)
+            case _:
+                found.add(-1)
+    return (found.pop() if len(found) == 1 else -1) if found else None
 
 
 def _redraws(above: Callable[[Array], Array], z: Array, moved: Array) -> Array:

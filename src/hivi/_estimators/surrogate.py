@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy, Evaluation, Part
+from hivi._estimators.by_row import Split, split
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._factored import factorise
@@ -81,29 +82,35 @@ def estimate(
     if closed:
         local = local.expecting(tuple(closed), plug_in=any(s.plug_in for s in closed.values()))
     branches, log_pi = local.branches, local.log_weights()
+    parts = split(local, target, bound)
     check_minibatch(target, bound, branches)
+    local = local if parts is None else parts.proposal
     known = memories(local, strategies) if memory is None else memory
     keys = shard(jax.random.split(key, (samples, bound.draws, branches)))
 
-    def one(k: Key, branch: Array) -> tuple[Array, PyTree, Array]:
-        return _draw(local, target, strategies, bound, k, branch, rows, known)
+    common = shard(jax.random.split(jax.random.fold_in(key, 1), samples)) if parts is not None else None
+
+    def one(shared: Key | None, k: Key, branch: Array) -> tuple[PyTree, PyTree, Array]:
+        return _draw(local, target, strategies, bound, (shared, k), branch, rows, known, parts)
 
     if keys.size == 1:  # under vmap, a conditional runs both its branches
-        single = one(keys.reshape(()), jnp.array(0))
+        single = one(None if common is None else common[0], keys.reshape(()), jnp.array(0))
         log_w, measured, cancel = jax.tree.map(lambda x: x[None, None, None], single)
     else:
-        over_branches = jax.vmap(one, in_axes=(0, 0))
-        over_all = jax.vmap(jax.vmap(over_branches, (0, None)), (0, None))
-        log_w, measured, cancel = over_all(keys, jnp.arange(branches))
-    values = bound.value(log_w, log_pi)
+        over_branches = jax.vmap(one, in_axes=(None, 0, 0))
+        over_all = jax.vmap(jax.vmap(over_branches, (None, 0, None)), (0, 0, None))
+        log_w, measured, cancel = over_all(common, keys, jnp.arange(branches))
+    values = (bound.value if parts is None else parts.of(bound))(log_w, log_pi)
     fixed_w, fixed_pi = jax.lax.stop_gradient((log_w, log_pi))
 
-    def increment(change: Array) -> Array:
+    def increment(site: str) -> Callable[[Array], Array]:
         # Moves are the first axis after (samples, outer, branches) where there are any; all are changes of one draw.
-        return bound.increment(fixed_w, fixed_pi, change)
+        if parts is None:
+            return lambda change: bound.increment(fixed_w, fixed_pi, change)
+        return parts.increment(bound, fixed_w, fixed_pi, target, site)
 
     chosen = {n: strategies.get(n, HIDDEN) for n in measured}
-    extra = sum((chosen[n].surrogate(m, increment) for n, m in measured.items()), jnp.zeros(()))
+    extra = sum((chosen[n].surrogate(m, increment(n)) for n, m in measured.items()), jnp.zeros(()))
     # E[grad log q(z|lambda)] = 0 with a constant weight: this cancels the pathwise score of detached draws.
     weight = jnp.exp(fixed_pi) * local.score_weight(bound.inner) / bound.draws
     extra = extra + jnp.sum(weight * cancel)
@@ -128,35 +135,40 @@ def _draw(
     target: Target,
     strategies: Strategies,
     bound: AbstractBound,
-    key: Key,
+    keys: tuple[Key | None, Key],
     branch: Array,
     rows: Rows,
     memory: Mapping[str, PyTree],
-) -> tuple[Array, PyTree, Array]:
+    parts: Split | None,
+) -> tuple[PyTree, PyTree, Array]:
     """Log-weight of one draw, what its strategies measured, and the log q(z|lambda) of detached sites."""
-    k_draw, k_inner, k_more = jax.random.split(key, 3)
+    shared, own_key = keys
+    k_draw, k_inner, k_more = jax.random.split(own_key, 3)
     inner = bound.inner
-    z, context = proposal.propose(k_draw, branch)
+    z, context = proposal.propose(k_draw, branch) if parts is None else parts.propose(shared, k_draw, branch)
     hidden = proposal.hidden(context)
     z, strategies = {**z, **hidden}, {**dict.fromkeys(hidden, HIDDEN), **strategies}
     detached = {n: jax.lax.stop_gradient(z[n]) for n, s in strategies.items() if s.detached}
     z = {**z, **detached}
-    views = terms_by_view(target, z, views_of(target, proposal, context, bound.linear(proposal.branches)))
+    linear = bound.linear(proposal.branches)
+    views = terms_by_view(target, z, views_of(target, proposal, context, linear))
     p_terms = viewed_terms(target, views, rows)
-    log_p = target.factored.total(p_terms)
     scales = proposal.scales()
     landing = frozenset(n for n, s in strategies.items() if s.landing)
     landed = proposal.landed(z, context, landing) if landing else {}
-    if not detached:
-        terms = {**proposal.log_q(z, context, k_inner, inner), **landed}
-        total = sum((scales.get(n, 1.0) * sum_all(t) for n, t in terms.items()), jnp.zeros(()))
-        return log_p - total, {}, jnp.zeros(())
 
     def log_q(free: Mapping[str, Array]) -> dict[str, Array]:
         return {**proposal.log_q({**z, **free}, context, k_inner, inner), **landed}
 
+    def weight(total: Callable[[], Array]) -> PyTree:
+        return target.factored.total(p_terms) - total() if parts is None else parts.weights(target, p_terms, log_q({}))
+
+    if not detached:
+        return weight(lambda: _sum(log_q({}), scales)), {}, jnp.zeros(())
     factored = factorise(log_q, detached, scales=scales)
     q_terms = factored.terms(detached)
+    if parts is not None:
+        parts.check(factored.factors, list(detached))
     fixed = held(factored)
     stop = jax.lax.stop_gradient
     here = stop(z)
@@ -166,7 +178,8 @@ def _draw(
             Part(1.0, target.factored, stop(p_terms), tuple((n, stop(v)) for n, v in views), (target.data, rows)),
             Part(-1.0, fixed, stop(q_terms), ((None, here),)),
         ),
-        local=bound.linear(proposal.branches),
+        local=linear,
+        rows=None if parts is None else parts.axes(),
     )
     conditionals = proposal.conditionals(context)
     measured = {}
@@ -183,7 +196,7 @@ def _draw(
         ),
         jnp.zeros(()),
     )
-    return log_p - factored.total(q_terms), measured, cancel
+    return weight(lambda: factored.total(q_terms)), measured, cancel
 
 
 def _above(
@@ -209,7 +222,10 @@ def _above(
 
 def _total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, inner: int) -> Array:
     """`log_q` of a draw, summed."""
-    scales, terms = proposal.scales(), proposal.log_q(z, context, key, inner)
+    return _sum(proposal.log_q(z, context, key, inner), proposal.scales())
+
+
+def _sum(terms: Mapping[str, Array], scales: Mapping[str, float]) -> Array:
     return sum((scales.get(n, 1.0) * sum_all(t) for n, t in terms.items()), jnp.zeros(()))
 
 
@@ -252,19 +268,22 @@ def viewed_terms(target: Target, views: tuple[tuple[frozenset[str] | None, Laten
 
 
 def check_minibatch(target: Target, bound: AbstractBound, branches: int) -> None:
-    """Refuse a multi-sample bound on minibatches: the log of a noisy mean exceeds the bound, without limit.
+    """Refuse a multi-sample bound on noisy log-weights: the log of their mean exceeds the bound, without limit.
+
+    Row by row of a plate, its log-weights are those of the rows that were taken, without noise.
 
     Raises:
         FitError: naming the plate.
     """
-    noisy = [p.name for p in target.plates if p.batch < p.size]
+    noisy = [p.name for p in target.plates if p.batch < p.size and p.name != bound.plate]
     if noisy and not bound.linear(branches):
         raise FitError(
             message(
                 f"subsampled plate {noisy[0]!r}",
                 f"{bound}, which takes the logarithm of a mean over {bound.draws * branches} draws of noisy log-weights",
                 "a bound that is linear in the log-weights",
-                "use Elbo(), or ImportanceWeighted(outer=1, inner=K) without a mixture, or the whole data",
+                f"use Elbo(), ImportanceWeighted(outer=1, inner=K) without a mixture, ImportanceWeighted(plate={noisy[0]!r}), "
+                "which takes it row by row, or the whole data",
             )
         )
 
@@ -274,13 +293,19 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
     k_rows, k_draws = jax.random.split(key)
     rows = target.minibatch(k_rows)
     local = proposal.gather(rows)
+    parts = split(local, target, bound)
     check_minibatch(target, bound, local.branches)
+    shared = jax.random.fold_in(k_draws, 1)
 
-    def one(k: Key, branch: Array) -> Array:
+    def one(k: Key, branch: Array) -> PyTree:
         k_draw, k_inner = jax.random.split(k)
-        z, context = local.propose(k_draw, branch)
-        return target.log_joint(z, rows) - _total(local, z, context, k_inner, bound.inner)
+        if parts is None:
+            z, context = local.propose(k_draw, branch)
+            return target.log_joint(z, rows) - _total(local, z, context, k_inner, bound.inner)
+        z, context = parts.propose(shared, k_draw, branch)
+        return parts.weights(target, target.terms(z, rows), parts.proposal.log_q(z, context, k_inner, bound.inner))
 
     keys = jax.random.split(k_draws, (bound.draws, local.branches))
-    log_w = jax.vmap(jax.vmap(one), (0, None))(keys, jnp.arange(local.branches))
-    return bound.value(log_w[None], local.log_weights())[0]
+    log_w = jax.tree.map(lambda x: x[None], jax.vmap(jax.vmap(one), (0, None))(keys, jnp.arange(local.branches)))
+    value = bound.value if parts is None else parts.of(bound)
+    return value(log_w, local.log_weights())[0]

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hivi._errors import FamilyError, message
-from hivi._families.checks import RATE
+from hivi._families.checks import RATE, not_a_prior, one_group
+from hivi._families.checks import Directions as Directions
 from hivi._families.checks import rate_for as rate_for
 from hivi._families.checks import require_real as require_real
 from hivi._families.checks import require_spread as require_spread
@@ -254,6 +255,18 @@ class AbstractProposal(eqx.Module):
         """A tree like this proposal: whether an array has one slice per row of the subsampled plate, as its first axis."""
         return jax.tree.map(lambda _: False, self)
 
+    def divided(self, names: frozenset[str]) -> tuple[AbstractProposal | None, AbstractProposal | None]:
+        """What it says of the other sites, and of those with these names, which are independent of them.
+
+        Raises:
+            FamilyError: sites of both kinds that are fitted jointly.
+        """
+        return one_group(self, names)
+
+    def row_terms(self, plate: str) -> dict[str, int]:
+        """Name of a term of `log_q` that belongs to the rows of a plate -> its axis of rows."""
+        return {}
+
     def scales(self) -> dict[str, float]:
         """Name of a term of `log_q` -> its plate scale N/B, where that is not 1."""
         return {}
@@ -311,7 +324,7 @@ class AbstractProposal(eqx.Module):
 
     def affine(self) -> tuple[Float[Array, " dim"], Float[Array, " dim"]]:
         """Location of the value at base 0, and the scale of each of its coordinates there."""
-        raise FamilyError(_not_a_prior(self))
+        raise FamilyError(not_a_prior(self))
 
     def components(self) -> Components:
         """The Gaussian components, for a mixture prior over lambda."""
@@ -326,7 +339,7 @@ class AbstractProposal(eqx.Module):
 
     def recentre(self, location: Float[Array, " dim"], scale: Float[Array, " dim"]) -> AbstractProposal:
         """The same proposal moved to a location and scale of its (flat, continuous) value: a start for a prior."""
-        raise FamilyError(_not_a_prior(self))
+        raise FamilyError(not_a_prior(self))
 
     def stretch(self, extra: Float[Array, "directions dim"]) -> AbstractProposal:
         """As a prior: the covariance widened by about the sum of the outer products of the rows of `extra`.
@@ -334,37 +347,6 @@ class AbstractProposal(eqx.Module):
         Families that cannot start along directions stay as they are.
         """
         return self
-
-
-def _not_a_prior(proposal: AbstractProposal) -> str:
-    return message(
-        "Hierarchical(prior=...)",
-        type(proposal).__name__,
-        "a continuous family over lambda",
-        "use Flow(), FullRank(), Mixture(), MeanField() or another Hierarchical()",
-    )
-
-
-class Directions(NamedTuple):
-    """Directions of lambda along which a hierarchy starts.
-
-    Attributes:
-        vectors: site -> (count, *site shape, width), of unit length over all sites together; for rows of a
-            subsampled plate (rows, count, *shape of a row, width).
-        spread: standard deviation of lambda along each, (count,) or (rows, count); 0 where there is none.
-        rows: numbers of the plate's rows that have directions; None for global sites.
-    """
-
-    vectors: dict[str, Array]
-    spread: Float[Array, "*rows count"]
-    rows: Int[Array, " rows"] | None = None
-
-    def at_row(self, row: Int[Array, ""]) -> Directions:
-        """The directions of one row; of length zero where it has none."""
-        if self.rows is None:
-            return self
-        own = (self.rows == row).astype(self.spread.dtype)
-        return Directions({n: jnp.tensordot(own, v, 1) for n, v in self.vectors.items()}, own @ self.spread)
 
 
 class AbstractFamily(eqx.Module):

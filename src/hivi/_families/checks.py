@@ -1,13 +1,15 @@
-"""What families ask of the sites that they are given."""
+"""What families ask of the sites that they are given, and of each other."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from hivi._errors import FamilyError, message, require_positive
 from hivi._space import Site
@@ -96,3 +98,57 @@ def require_real(family: str, sites: Sequence[Site]) -> None:
                     f"family={{{s.name!r}: hivi.Hierarchical(), ...}}",
                 )
             )
+
+
+class Directions(NamedTuple):
+    """Directions of lambda along which a hierarchy starts.
+
+    Attributes:
+        vectors: site -> (count, *site shape, width), of unit length over all sites together; for rows of a
+            subsampled plate (rows, count, *shape of a row, width).
+        spread: standard deviation of lambda along each, (count,) or (rows, count); 0 where there is none.
+        rows: numbers of the plate's rows that have directions; None for global sites.
+    """
+
+    vectors: dict[str, Array]
+    spread: Float[Array, "*rows count"]
+    rows: Int[Array, " rows"] | None = None
+
+    def at_row(self, row: Int[Array, ""]) -> Directions:
+        """The directions of one row; of length zero where it has none."""
+        if self.rows is None:
+            return self
+        own = (self.rows == row).astype(self.spread.dtype)
+        return Directions({n: jnp.tensordot(own, v, 1) for n, v in self.vectors.items()}, own @ self.spread)
+
+
+def not_a_prior(proposal: Any) -> str:
+    """Why a proposal cannot be a prior over lambda."""
+    return message(
+        "Hierarchical(prior=...)",
+        type(proposal).__name__,
+        "a continuous family over lambda",
+        "use Flow(), FullRank(), Mixture(), MeanField() or another Hierarchical()",
+    )
+
+
+def one_group(proposal: Any, names: frozenset[str]) -> tuple[Any, Any]:
+    """`AbstractProposal.divided` of a proposal whose sites are fitted jointly.
+
+    Raises:
+        FamilyError: it has sites of both kinds.
+    """
+    own = [s.name for s in proposal.sites]
+    inside, outside = [n for n in own if n in names], [n for n in own if n not in names]
+    if not inside:
+        return proposal, None
+    if not outside:
+        return None, proposal
+    raise FamilyError(
+        message(
+            f"site {inside[0]!r} of the bound's plate",
+            f"{type(proposal).__name__}, which fits it jointly with {outside[0]!r} outside the plate",
+            "a family of its own for the plate's sites",
+            f"use family={{{inside[0]!r}: ..., '.*': hivi.MeanField()}}, or hivi.Elbo()",
+        )
+    )

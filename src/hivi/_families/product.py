@@ -178,6 +178,14 @@ class ProductProposal(AbstractProposal):
     def gather(self, rows: dict[str, Array]) -> ProductProposal:
         return ProductProposal(self.sites, tuple(p.gather(rows) for p in self.parts))
 
+    def divided(self, names: frozenset[str]) -> tuple[AbstractProposal | None, AbstractProposal | None]:
+        sides = zip(*(p.divided(names) for p in self.parts), strict=True)
+        outside, inside = (tuple(p for p in side if p is not None) for side in sides)
+        return _together(outside), _together(inside)
+
+    def row_terms(self, plate: str) -> dict[str, int]:
+        return {f"{name}#{k}": axis for k, p in enumerate(self.parts) for name, axis in p.row_terms(plate).items()}
+
     def scales(self) -> dict[str, float]:
         return {f"{name}#{k}": v for k, p in enumerate(self.parts) for name, v in p.scales().items()}
 
@@ -233,3 +241,9 @@ class ProductProposal(AbstractProposal):
 
     def owned(self) -> PyTree:
         return ProductProposal(self.sites, tuple(p.owned() for p in self.parts))
+
+
+def _together(parts: tuple[AbstractProposal, ...]) -> AbstractProposal | None:
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return ProductProposal(tuple(s for p in parts for s in p.sites), parts)

@@ -184,6 +184,9 @@ class RowsProposal(AbstractProposal):
         names = jax.eval_shape(lambda v, c: self.log_q(v, c, jax.random.key(0)), z, context)
         return dict.fromkeys([*names, f"q(tighter)[{self.plate.name}]"], self.plate.scale)
 
+    def row_terms(self, plate: str) -> dict[str, int]:
+        return dict.fromkeys(self.scales(), 0) if plate == self.plate.name else {}
+
     def score_weight(self, inner: int) -> float:
         return self.rows.score_weight(inner)
 

@@ -59,7 +59,7 @@ def encode(value: Any) -> Any:
         fields = {
             f.name: encode(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if f.name not in ("start", "along", "data")
+            if f.init and f.name not in ("start", "along", "data")
         }
         return {"type": type(value).__name__, **fields}
     if isinstance(value, eqx.Module):

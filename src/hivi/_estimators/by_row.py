@@ -1,0 +1,173 @@
+"""Bounds taken row by row of a plate: what belongs to each row of log p - log q, and what to none.
+
+Sites outside the plate are drawn once, those inside it as often as the bound says. A draw of the latter then has a log-weight
+for every row, and the bound's increments apply to each row by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hivi._bounds import AbstractBound
+from hivi._errors import FitError, message, nearest
+from hivi._estimators.base import row_axis
+from hivi._families.base import AbstractProposal
+from hivi._families.product import ProductProposal
+from hivi._locality.base import Factor
+from hivi._space import Latents, Plate
+from hivi._target.base import Target
+from hivi._tree import Key, PyTree, sum_all
+
+
+class RowWeights(NamedTuple):
+    """log p - log q of a draw.
+
+    Attributes:
+        rows: what belongs to each row, without the plate's scale, (..., rows).
+        rest: what belongs to no row, with its scale.
+    """
+
+    rows: Array
+    rest: Array
+
+
+class Split(NamedTuple):
+    """A proposal as its parts outside and inside a plate, independent of each other.
+
+    Attributes:
+        proposal: their product, the part outside first where there is one.
+        plate: the plate.
+        rows: site inside -> its axis of rows.
+    """
+
+    proposal: ProductProposal
+    plate: Plate
+    rows: Mapping[str, int]
+
+    def propose(self, shared: Key | None, key: Key, branch: Array | int) -> tuple[Latents, PyTree]:
+        """A draw: of the sites outside by the key that all draws share."""
+        z: Latents = {}
+        contexts = []
+        *outside, inside = self.proposal.parts
+        assert shared is not None
+        for part, own, which in (*((p, shared, 0) for p in outside), (inside, key, branch)):
+            draw, context = part.propose(own, which)
+            z |= draw
+            contexts.append(context)
+        return z, tuple(contexts)
+
+    def weights(self, target: Target, p_terms: Sequence[Array], q_terms: Mapping[str, Array]) -> RowWeights:
+        """The log-weight of a draw, row by row."""
+        size, scale = self.plate.batch, self.plate.scale
+        rows, rest = jnp.zeros(size), jnp.zeros(())
+        for factor, term in zip(target.factored.factors, p_terms, strict=True):
+            axis = self.axis(factor)
+            if axis is None:
+                rest = rest + factor.weight * sum_all(term)
+            else:
+                rows = rows + factor.weight / scale * jnp.sum(jnp.moveaxis(term, axis, 0).reshape(size, -1), 1)
+        axes, scales = self.proposal.row_terms(self.plate.name), self.proposal.scales()
+        inside = f"#{len(self.proposal.parts) - 1}"
+        for name, term in q_terms.items():
+            if name in axes:
+                own = jnp.moveaxis(term, axes[name], 0).reshape(size, -1)
+                rows = rows - scales.get(name, 1.0) / scale * jnp.sum(own, 1)
+            elif name.endswith(inside):
+                raise FitError(self._coupled(f"the term {name!r} of log q", "a family that takes rows one by one"))
+            else:
+                rest = rest - scales.get(name, 1.0) * sum_all(term)
+        return RowWeights(rows, rest)
+
+    def axis(self, factor: Factor) -> int | None:
+        """The axis of a factor that runs along the rows; None where it touches none.
+
+        Raises:
+            FitError: a term that several rows share.
+        """
+        found = {row_axis(factor, name, axis, self.plate.batch) for name, axis in self.rows.items()} - {None}
+        if len(found) > 1 or -1 in found:
+            raise FitError(self._coupled(f"the term {factor.name!r}", "terms that touch one row each"))
+        return next(iter(found), None)
+
+    def check(self, factors: Sequence[Factor], sites: Sequence[str]) -> None:
+        """Refuse sites whose changes are not those of one row.
+
+        Raises:
+            FitError: naming the site or the term.
+        """
+        for n in sites:
+            if n not in self.rows or n in self.proposal.upstream:
+                found = "a discrete site, on which every row depends"
+                cure = "use hivi.Elbo(), or sum the site out of the model"
+                raise FitError(
+                    message(f"site {n!r} outside the plate {self.plate.name!r}", found, "no such site", cure)
+                )
+        for factor in factors:
+            self.axis(factor)
+
+    def axes(self) -> dict[str, tuple[int, int]]:
+        """Site inside -> its axis of rows, and their number."""
+        return {name: (axis, self.plate.batch) for name, axis in self.rows.items()}
+
+    def of(self, bound: AbstractBound) -> Callable[[RowWeights, Array], Float[Array, " samples"]]:
+        """`bound.value` of log-weights by row, with leading axes (samples, outer, branches)."""
+
+        def value(log_w: RowWeights, log_pi: Array) -> Array:
+            each = jax.vmap(lambda w: bound.value(w, log_pi), -1, -1)(log_w.rows)
+            return log_w.rest[:, 0, 0] + self.plate.scale * jnp.sum(each, -1)
+
+        return value
+
+    def increment(
+        self, bound: AbstractBound, log_w: RowWeights, log_pi: Array, target: Target, site: str
+    ) -> Callable[[Array], Array]:
+        """Change of the bound when the log-weight of a coordinate's row changes, (samples, outer, branches, ..., *site)."""
+        axis, scale = self.rows[site] - len(target.site(site).batch_shape), self.plate.scale
+
+        def of(change: Array) -> Array:
+            moved = jnp.moveaxis(change, axis, 0) / scale
+            each = jax.vmap(lambda w, c: bound.increment(w, log_pi, c), (-1, 0))(log_w.rows, moved)
+            return scale * jnp.moveaxis(each, 0, axis)
+
+        return of
+
+    def _coupled(self, where: str, expected: str) -> str:
+        found = f"several rows of the plate {self.plate.name!r} in one number"
+        cure = f"use MeanField(), or minibatches, subsample={{{self.plate.name!r}: ...}}, for which families are repeated row by "
+        return message(
+            where, found, expected, cure + "row; or a bound of all rows together: Elbo(), ImportanceWeighted()"
+        )
+
+
+def split(proposal: AbstractProposal, target: Target, bound: AbstractBound) -> Split | None:
+    """The parts of a minibatch's proposal for a bound that is taken row by row; None for the other bounds.
+
+    Raises:
+        FitError: a plate without latent sites, a streamed target, or a mixture outside the plate.
+        FamilyError: a family that fits the plate's sites jointly with others.
+    """
+    if bound.plate is None:
+        return None
+    where = f"plate {bound.plate!r} of ImportanceWeighted"
+    rows = {s.name: axis for s in target.sites for name, axis in s.plates if name == bound.plate}
+    known = sorted({name for s in target.sites for name, _ in s.plates})
+    if not rows:
+        cure = nearest(bound.plate, known, "name a plate of the model that has latents, or leave it out")
+        raise FitError(message(where, "no latent site in it", f"one of the plates {known}", cure))
+    if target.source is not None:
+        raise FitError(message(where, "a streamed target", "all data in memory", "use hivi.Elbo()"))
+    outside, inside = proposal.divided(frozenset(rows))
+    assert inside is not None
+    if outside is not None and outside.branches > 1:
+        name = outside.sites[0].name
+        found, expected = f"a mixture ({outside.branches} branches) outside the plate", "one component there"
+        raise FitError(message(f"site {name!r}", found, expected, "use MeanField() or Flow() for it, or hivi.Elbo()"))
+    parts = (inside,) if outside is None else (outside, inside)
+    size = target.site(next(iter(rows))).batch_shape[next(iter(rows.values()))]
+    plate = next((p for p in target.plates if p.name == bound.plate), Plate(bound.plate, size, size))
+    return Split(ProductProposal(tuple(s for p in parts for s in p.sites), parts), plate, rows)
