@@ -21,6 +21,7 @@ from hivi._families.amortised import Amortised
 from hivi._families.auxiliary import Component, InverseFlow, Linearised, SemiImplicit
 from hivi._families.codes import Codes
 from hivi._families.copula import Copula
+from hivi._families.delta import Delta
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
@@ -55,6 +56,7 @@ __all__ = [
     "CorpusError",
     "Curvature",
     "DeepExponentialFamily",
+    "Delta",
     "Difference",
     "DisARM",
     "DoubleControlVariates",

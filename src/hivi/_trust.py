@@ -131,6 +131,10 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
     """The figures, with a fault where the bound is no number or conditionals are others', and what could not be had."""
     bound = fit.elbo(k_bound, bound=Elbo())
     faults, remarks = [] if math.isfinite(bound.mean) else ["its bound is not finite at fresh draws"], []
+    if points := sorted(fit.proposal.points):
+        remarks.append(
+            f"{', '.join(map(repr, points))} at a point, whose uncertainty is left out: all is given the point"
+        )
     tighter: Estimate | None = None
     khat: KHat | None = None
     try:

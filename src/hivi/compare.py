@@ -16,6 +16,7 @@ from hivi._errors import FamilyError, FitError, HiviError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
 from hivi._families.copula import Copula
+from hivi._families.delta import Delta
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
@@ -248,7 +249,21 @@ def _checked(families: Any) -> dict[str, Family]:
         if not isinstance(name, str) or not members or not all(isinstance(m, AbstractFamily) for m in members):
             found = repr(family)[:60] + (", a class: call it" if isinstance(family, type) else "")
             raise FamilyError(message(f"compare, family {name!r}", found, "a family, or {site: family}", cure))
+    points = {name: _points(family) for name, family in families.items()}
+    if len(set(points.values())) > 1:
+        name, other = max(points, key=lambda n: len(points[n])), min(points, key=lambda n: len(points[n]))
+        found = f"Delta() for {sorted(points[name])}, and for {sorted(points[other]) or 'no site'} in {other!r}"
+        expected = "the same points everywhere: a bound at a point is one on log p(x, point), and cannot be compared"
+        raise FamilyError(
+            message(f"compare, family {name!r}", found, expected, "give all of them Delta() there, or none")
+        )
     return dict(families)
+
+
+def _points(family: Family) -> frozenset[str]:
+    """Keys of the sites that a family holds at a point."""
+    members = family if isinstance(family, Mapping) else {".*": family}
+    return frozenset(key for key, member in members.items() if isinstance(member, Delta))
 
 
 def _same(family: Family, other: AbstractFamily) -> bool:

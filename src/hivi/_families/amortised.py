@@ -198,6 +198,10 @@ class AmortisedProposal(AbstractProposal):
         return self.row.upstream
 
     @property
+    def points(self) -> frozenset[str]:
+        return self.row.points
+
+    @property
     def inferred(self) -> frozenset[str]:
         return frozenset((self.plate,))
 

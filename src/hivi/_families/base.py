@@ -141,6 +141,11 @@ class AbstractProposal(eqx.Module):
         return frozenset()
 
     @property
+    def points(self) -> frozenset[str]:
+        """Sites at a point, on which the bound is then conditional: it is one on log p of the data and the point."""
+        return frozenset()
+
+    @property
     def inferred(self) -> frozenset[str]:
         """Plates whose rows have their parameters from an inference network."""
         return frozenset()

@@ -207,6 +207,10 @@ class ProductProposal(AbstractProposal):
         return frozenset().union(*(p.upstream for p in self.parts))
 
     @property
+    def points(self) -> frozenset[str]:
+        return frozenset().union(*(p.points for p in self.parts))
+
+    @property
     def inferred(self) -> frozenset[str]:
         return frozenset().union(*(p.inferred for p in self.parts))
 

@@ -215,6 +215,10 @@ class StructuredProposal(AbstractProposal):
         return inside | {s.name for p in self.groups[:-1] for s in p.sites if s.discrete}
 
     @property
+    def points(self) -> frozenset[str]:
+        return frozenset().union(*(p.points for p in self.groups))
+
+    @property
     def branches(self) -> int:
         return self.groups[0].branches
 

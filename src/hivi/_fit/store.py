@@ -29,6 +29,7 @@ from hivi._families.auxiliary import AbstractAuxiliary, Component, InverseFlow, 
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
 from hivi._families.copula import Copula
+from hivi._families.delta import Delta
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.gamma import MeanFieldGamma
@@ -45,7 +46,7 @@ from hivi._tree import PyTree
 KNOWN: dict[str, type] = {
     c.__name__: c
     for c in (
-        MeanField, MeanFieldGamma, Amortised, FullRank, LowRank, Copula, Flow, Mixture, Standardised, Hierarchical, Codes,
+        MeanField, MeanFieldGamma, Delta, Amortised, FullRank, LowRank, Copula, Flow, Mixture, Standardised, Hierarchical, Codes,
         Structured, Recursive,
         InverseFlow, Linearised, SemiImplicit, Component, Elbo, ImportanceWeighted,
     )
