@@ -255,3 +255,19 @@ def test_refusals():
         fitted(hivi.from_numpyro(coupled, X), hivi.MeanField())
     with pytest.raises(hivi.FitError, match=r"subsampled plate 'rows'.*plate='rows'"):
         fitted(target(), bound=hivi.ImportanceWeighted(2))
+
+
+def test_trust_sees_what_minibatches_miss():
+    """The tighter bound is taken row by row, where it was refused before."""
+
+    def paired(x: Array) -> None:
+        with numpyro.plate("rows", len(x)):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            numpyro.sample("x", dist.Normal(z.sum(-1), 0.3), obs=x)
+
+    on = hivi.from_numpyro(paired, jnp.linspace(-1.0, 1.0, 12), subsample={"rows": 6})
+    fit = hivi.fit(on, hivi.MeanField(), key=jax.random.key(0), progress=False)
+    found = hivi.trust(fit, key=jax.random.key(1), samples=200)
+    assert found.tighter is not None
+    assert any("its ELBO misses at least" in f for f in found.faults)
+    assert found.tighter.mean - found.bound.mean > 5.0

@@ -18,9 +18,8 @@ from hivi._marginal import TRUSTED, KHat, marginal_khat
 from hivi._stationarity import odds
 from hivi._tree import Key
 
-TIGHTER = ImportanceWeighted(64)
-"""The multi-sample bound that shows what the ELBO misses; its estimates are 256."""
-EVALUATIONS = 256
+DRAWS, EVALUATIONS = 64, 256
+"""Draws of z in the multi-sample bound that shows what the ELBO misses, and its estimates."""
 SURE = 3.0
 """Differences below so many standard errors are not called differences."""
 NEGLIGIBLE = 0.05
@@ -36,7 +35,8 @@ class Trust(NamedTuple):
 
     Attributes:
         bound: the ELBO, in nats.
-        tighter: the bound with 64 draws of z (Burda, Grosse & Salakhutdinov 2016), in nats; None where there is none.
+        tighter: the bound with 64 draws of z (Burda, Grosse & Salakhutdinov 2016), in nats, row by row where rows come in
+            minibatches; None where there is none.
         khat: Pareto k-hat of p(x,z)/q(z) with the marginal q(z); None where it cannot be had.
         faults: what is wrong, in words; empty where no fault was found.
         remarks: what could not be looked at, and why; what to try.
@@ -138,7 +138,8 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
     tighter: Estimate | None = None
     khat: KHat | None = None
     try:
-        tighter = fit.elbo(k_bound, EVALUATIONS, TIGHTER)
+        rows = next((s.local[0].name for s in fit.sites if s.local is not None), None)
+        tighter = fit.elbo(k_bound, EVALUATIONS, ImportanceWeighted(DRAWS, plate=rows))
     except HiviError as error:
         remarks.append(f"no tighter bound ({_found(error)})")
     try:
