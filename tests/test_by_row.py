@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 import hivi
 from cases import STRATEGIES, perturbed, quick
+from hivi._estimators.by_row import split
 from hivi._estimators.surrogate import log_weights, surrogate
 from hivi._families.product import ProductProposal, build_proposal
 from test_unbiased import Forced, Means, as_drawn, assert_agrees, flat, keys_of
@@ -208,6 +209,44 @@ def test_rows_on_another_axis_and_continuous_latents(family):
     assert abs(found.mean - right) < 4 * found.stderr + 0.05
     full = fit.elbo(jax.random.key(1), samples=2000, bound=hivi.Elbo())
     assert (full.mean < right - 0.3) == isinstance(family, hivi.MeanField)
+
+
+GROUPS = np.array([0, 2, 1, 1, 2, 0, 2])
+
+
+def effects(x: Array) -> None:
+    """Latents of groups, met by data in another plate through their group's number."""
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("groups", 3):
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        u = numpyro.sample("u", dist.Normal(0.0, 1.0))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal((u + 2.0 * z)[GROUPS], scale), obs=x)
+
+
+def test_rows_that_data_look_up():
+    """Random effects: the log-weights of a group are sums over its data, wherever they are."""
+    x = jnp.array([1.0, -1.0, 2.5, 2.2, -0.5, 0.8, -1.2])
+    on = hivi.from_numpyro(effects, x)
+    proposal = perturbed(build_proposal(hivi.MeanField(), on.sites, jax.random.key(0)), jax.random.key(1))
+    parts = split(proposal, on, hivi.ImportanceWeighted(3, plate="groups"))
+    z, context = parts.propose(jax.random.key(2), jax.random.key(3), 0)
+    found = parts.weights(on, on.terms(z), parts.proposal.log_q(z, context, jax.random.key(4)))
+    q = log_q_of_sites(proposal, z)
+    scale, u, b = jnp.exp(z["scale"]), z["u"], z["z"]
+    right = dist.Bernoulli(0.4).log_prob(b) + dist.Normal(0.0, 1.0).log_prob(u) - q["z"] - q["u"]
+    right = right.at[GROUPS].add(dist.Normal((u + 2.0 * b)[GROUPS], scale).log_prob(x))
+    np.testing.assert_allclose(found.rows, right, rtol=2e-5)
+    np.testing.assert_allclose(found.rest, dist.HalfNormal(1.0).log_prob(scale) + z["scale"] - q["scale"], rtol=2e-5)
+    fit = hivi.fit(on, key=jax.random.key(0), steps=200, family=hivi.MeanField(), progress=False,
+                   bound=hivi.ImportanceWeighted(8, plate="groups"))  # fmt: skip
+    assert fit.elbo(jax.random.key(1)).mean > fit.elbo(jax.random.key(1), bound=hivi.Elbo()).mean + 0.05
+
+
+def log_q_of_sites(proposal: Any, z: Any) -> dict[str, Array]:
+    """Log q of each site, coordinate by coordinate."""
+    terms = proposal.log_q(z, proposal.parameters(), jax.random.key(0))
+    return {name[2:-1]: value for name, value in terms.items()}
 
 
 def test_a_fit_is_saved_with_its_bound(tmp_path):

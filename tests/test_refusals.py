@@ -211,3 +211,16 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
         assert text not in found, found[text]
     for text, pattern in WRONG.items():
         assert re.search(pattern, found.get(text, "no error")), f"{text}: {found.get(text)}"
+
+
+@pytest.mark.parametrize(
+    ("log_joint", "data", "cure"),
+    [
+        (lambda z, x: z["a"] + x, None, r"data=\.\.\."),
+        (lambda z: z["a"], jnp.ones(2), "second argument"),
+        (lambda: 0.0, None, "a function of the dict of latents"),
+    ],
+)
+def test_log_joints_of_other_arguments(log_joint, data, cure):
+    with pytest.raises(hivi.TargetError, match=rf"log_joint.*the arguments \(.*{cure}"):
+        hivi.from_log_joint(log_joint, {"a": hivi.Latent()}, data=data)

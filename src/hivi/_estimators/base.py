@@ -16,7 +16,7 @@ from hivi._bounds import AbstractBound
 from hivi._errors import FitError, TargetError, message, nearest
 from hivi._factored import Factored
 from hivi._families.base import AbstractProposal, Conditional
-from hivi._locality.base import Along, Factor
+from hivi._locality.place import along_axis, sums_along
 from hivi._space import Latents, Site
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree
@@ -111,10 +111,9 @@ class Evaluation(NamedTuple):
         out = jnp.zeros(size)
         for part in self.parts:
             for factor, term in zip(part.factored.factors, part.terms, strict=True):
-                along = row_axis(factor, site, axis, size)
-                if along is not None:
-                    each = jnp.sum(jnp.moveaxis(term, along, 0).reshape(size, -1), 1)
-                    out = out + part.sign * factor.weight * each
+                entry = along_axis(factor, site, axis, size)
+                if entry is not None:
+                    out = out + part.sign * factor.weight * sums_along(term, entry, size)
         return out
 
     def derivative(self, site: str, direction: Array) -> tuple[Array, Array]:
@@ -154,18 +153,6 @@ class Evaluation(NamedTuple):
             for names, z in p.views
         ]
         return sum(found, jnp.zeros(moved.shape))
-
-
-def row_axis(factor: Factor, site: str, axis: int, size: int) -> int | None:
-    """The axis of a factor that runs along an axis of a site; None where it does not touch the site, -1 where none does."""
-    found = set()
-    for entries in factor.maps(site):
-        match entries[axis]:
-            case Along(along, 0, 1) if factor.shape[along] == size:
-                found.add(along)
-            case _:
-                found.add(-1)
-    return (found.pop() if len(found) == 1 else -1) if found else None
 
 
 def _redraws(above: Callable[[Array], Array], z: Array, moved: Array) -> Array:

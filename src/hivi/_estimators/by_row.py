@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message, nearest
-from hivi._estimators.base import row_axis
 from hivi._families.base import AbstractProposal
 from hivi._families.product import ProductProposal
-from hivi._locality.base import Factor
+from hivi._locality.base import ALL, Entry, Factor
+from hivi._locality.place import along_axis, sums_along
 from hivi._space import Latents, Plate
 from hivi._target.base import Target
 from hivi._tree import Key, PyTree, sum_all
@@ -66,11 +66,11 @@ class Split(NamedTuple):
         size, scale = self.plate.batch, self.plate.scale
         rows, rest = jnp.zeros(size), jnp.zeros(())
         for factor, term in zip(target.factored.factors, p_terms, strict=True):
-            axis = self.axis(factor)
-            if axis is None:
+            entry = self.entry(factor)
+            if entry is None:
                 rest = rest + factor.weight * sum_all(term)
             else:
-                rows = rows + factor.weight / scale * jnp.sum(jnp.moveaxis(term, axis, 0).reshape(size, -1), 1)
+                rows = rows + factor.weight / scale * sums_along(term, entry, size)
         axes, scales = self.proposal.row_terms(self.plate.name), self.proposal.scales()
         inside = f"#{len(self.proposal.parts) - 1}"
         for name, term in q_terms.items():
@@ -83,15 +83,16 @@ class Split(NamedTuple):
                 rest = rest - scales.get(name, 1.0) * sum_all(term)
         return RowWeights(rows, rest)
 
-    def axis(self, factor: Factor) -> int | None:
-        """The axis of a factor that runs along the rows; None where it touches none.
+    def entry(self, factor: Factor) -> Entry | None:
+        """How the elements of a factor run along the rows; None where they touch none.
 
         Raises:
-            FitError: a term that several rows share.
+            FitError: an element that several rows share.
         """
-        found = {row_axis(factor, name, axis, self.plate.batch) for name, axis in self.rows.items()} - {None}
-        if len(found) > 1 or -1 in found:
-            raise FitError(self._coupled(f"the term {factor.name!r}", "terms that touch one row each"))
+        size = self.plate.batch
+        found = {along_axis(factor, name, axis, size) for name, axis in self.rows.items()} - {None}
+        if len(found) > 1 or ALL in found:
+            raise FitError(self._coupled(f"the term {factor.name!r}", "terms whose elements touch one row each"))
         return next(iter(found), None)
 
     def check(self, factors: Sequence[Factor], sites: Sequence[str]) -> None:
@@ -108,7 +109,7 @@ class Split(NamedTuple):
                     message(f"site {n!r} outside the plate {self.plate.name!r}", found, "no such site", cure)
                 )
         for factor in factors:
-            self.axis(factor)
+            self.entry(factor)
 
     def axes(self) -> dict[str, tuple[int, int]]:
         """Site inside -> its axis of rows, and their number."""

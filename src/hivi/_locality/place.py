@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from hivi._locality.base import All, Along, AxisMap, Const, Entry, Factor, Table, used, values
+from hivi._locality.base import ALL, All, Along, AxisMap, Const, Entry, Factor, Table, used, values
 
 
 def place(array: Array, factor: Factor, site: str, shape: tuple[int, ...]) -> Array:
@@ -27,6 +27,30 @@ def place(array: Array, factor: Factor, site: str, shape: tuple[int, ...]) -> Ar
     for axis_map in factor.maps(site):
         out = out + _place_map(array, axis_map, shape)
     return out
+
+
+def along_axis(factor: Factor, site: str, axis: int, size: int) -> Entry | None:
+    """How the elements of a factor run along one axis of a site, each touching one index there; `ALL` where some touch more.
+
+    None where the factor does not touch the site.
+    """
+    found = {entries[axis] for entries in factor.maps(site)}
+    if not found:
+        return None
+    entry = found.pop()
+    if found or isinstance(entry, All):
+        return ALL
+    if isinstance(entry, Const):
+        return entry
+    index = (
+        entry.array() if isinstance(entry, Table) else entry.offset + entry.stride * np.arange(factor.shape[entry.axis])
+    )
+    return entry if index.size and index.min() >= 0 and index.max() < size else ALL
+
+
+def sums_along(array: Array, entry: Entry, size: int) -> Array:
+    """Sums of a factor's elements by the index that they touch on an axis of this size, as `along_axis` says; (size,)."""
+    return _place_map(array, (entry,), (size,))
 
 
 def _place_map(array: Array, axis_map: AxisMap, shape: tuple[int, ...]) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -56,6 +57,7 @@ def from_log_joint(
     if not latents:
         raise TargetError(message("from_log_joint", "no latents", "at least one", "describe them with hivi.Latent"))
     sites = tuple(_site(name, latent) for name, latent in latents.items())
+    _check_arguments(log_joint, data is not None)
     notes: set[str] = set()
 
     def terms(z: Latents, data: Any, rows: dict[str, Any]) -> dict[str, Any]:
@@ -89,6 +91,28 @@ def from_log_joint(
     except jax.errors.JAXTypeError as error:
         raise TargetError(traced_control_flow("log_joint", error)) from error
     return Target("log_joint", sites, factored, data, notes=tuple(notes))
+
+
+def _check_arguments(log_joint: Callable[..., Any], given: bool) -> None:
+    """Refuse a function of other arguments than the latents, and the data where they are given.
+
+    Raises:
+        TargetError: naming its arguments.
+    """
+    try:
+        signature = inspect.signature(log_joint)
+    except (TypeError, ValueError):  # builtins have none
+        return
+    try:
+        signature.bind({}, None) if given else signature.bind({})
+    except TypeError as error:
+        expected = "a function of the dict of latents" + (" and of data" if given else "")
+        cure = (
+            "take data as its second argument"
+            if given
+            else "pass the data: from_log_joint(log_joint, latents, data=...)"
+        )
+        raise TargetError(message("log_joint", f"the arguments {signature}", expected, cure)) from error
 
 
 def _site(name: str, latent: Latent) -> Site:
