@@ -45,7 +45,7 @@ def closest(
     """
     seeds = [*sites, *[None] * len(leaves)]
     plain = Reading(*scopes(jaxpr, seeds, consts))
-    integers = any(loss.site in indexed for loss in plain.losses)
+    integers = any(_width(s, plain) > (0, 0) for s in indexed)
     known = {k: x for k, leaf in enumerate(leaves) if indexed and (x := _readable(leaf, integers)) is not None}
 
     def read(some: Mapping[int, np.ndarray]) -> Reading:
