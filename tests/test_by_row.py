@@ -89,8 +89,9 @@ def solve(case: Case, strategy: Any = None) -> Means:
     shape, draws = (1, bound.draws, branches), bound.draws * branches
     branch = jnp.broadcast_to(jnp.arange(branches), shape).reshape(-1)
     k_rows, k_draws = jax.random.split(key)
-    rows, shared = on.minibatch(k_rows), jax.random.split(jax.random.fold_in(k_draws, 1), 1)[0]
-    keys, x = keys_of(key, shape), X[rows["rows"]]
+    k_common, k_own = jax.random.split(k_draws)
+    rows, shared = on.minibatch(k_rows), jax.random.split(k_common, 1)[0]
+    keys, x = keys_of(k_own, shape, split=False), X[rows["rows"]]
     inner_keys = jax.vmap(lambda k: jax.random.split(k, 2)[1])(keys.inner)  # of a product's second part
     joint = np.array(list(itertools.product(range(4), repeat=draws)))  # cells of one row in every draw
     choices = np.array(list(itertools.product(joint, repeat=BATCH)))  # (choices, rows, draws)
@@ -209,6 +210,58 @@ def test_rows_on_another_axis_and_continuous_latents(family):
     assert abs(found.mean - right) < 4 * found.stderr + 0.05
     full = fit.elbo(jax.random.key(1), samples=2000, bound=hivi.Elbo())
     assert (full.mean < right - 0.3) == isinstance(family, hivi.MeanField)
+
+
+def sums(x: Array) -> None:
+    g = numpyro.sample("g", dist.Normal(0.0, 1.0))
+    h = numpyro.sample("h", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", len(x)):
+        z = numpyro.sample("z", dist.Normal(g + h, 0.5))
+        numpyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+
+OUTSIDE = {
+    "one family": hivi.MeanField(),
+    "a product": {"g": hivi.MeanField(), "h": hivi.MeanField(), "z": hivi.MeanField()},
+}
+
+
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_noise_outside_and_inside_the_plate_is_independent(family):
+    """Against draws of another random generator: keys that meet would show as dependence of g and z."""
+    x, count, outer = np.array([0.7]), 400_000, 2
+    on = hivi.from_numpyro(sums, jnp.asarray(x))
+    location, scale = 0.1, np.exp(-0.3)
+    proposal = build_proposal(OUTSIDE[family], on.sites, jax.random.key(0))
+    proposal = jax.tree.map(lambda lam: jnp.broadcast_to(jnp.array([location, -0.3]), lam.shape), proposal)
+    rng = np.random.default_rng(0)
+    g, h = (location + scale * rng.normal(size=count) for _ in "gh")
+    z = location + scale * rng.normal(size=(outer, count))
+    log = lambda v, m, s: -0.5 * ((v - m) / s) ** 2 - np.log(s) - 0.5 * np.log(2 * np.pi)  # noqa: E731
+    rest = log(g, 0.0, 1.0) + log(h, 0.0, 1.0) - log(g, location, scale) - log(h, location, scale)
+    rows = log(z, g + h, 0.5) + log(x, z, 0.3) - log(z, location, scale)
+    right = rest + np.logaddexp(*rows) - np.log(outer)
+
+    chosen = dict.fromkeys("ghz", hivi.Pathwise())
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    bound = by_row(outer)
+    for one in (
+        lambda k: log_weights(proposal, on, bound, k),
+        lambda k: surrogate(proposal, on, chosen, bound, k, 1)[0],
+        lambda k: surrogate(proposal, on, chosen, bound, k, 3)[0],
+    ):
+        found = np.asarray(quick(jax.vmap(one))(keys))
+        noise = np.hypot(found.std() / np.sqrt(len(found)), right.std() / np.sqrt(count))
+        assert noise < 0.1, "not precise enough to judge"
+        assert abs(found.mean() - right.mean()) < 4 * noise
+
+
+@pytest.mark.parametrize("strategy", [hivi.Enumeration(), hivi.HierarchicalScore()], ids=lambda s: type(s).__name__)
+def test_strategies_of_all_rows_are_refused(strategy):
+    on = hivi.from_numpyro(model, X[:2], False)
+    with pytest.raises(hivi.FitError, match=r"site 'z'.*row by row"):
+        fitted(on, hivi.MeanField(), estimator={"z": strategy})
+    assert fitted(on, hivi.MeanField()).strategies["z"] != "Enumeration"
 
 
 GROUPS = np.array([0, 2, 1, 1, 2, 0, 2])

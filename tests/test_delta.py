@@ -113,7 +113,32 @@ def test_refusals():
 
     with pytest.raises(hivi.TargetError, match=r"site 'u'.*depends on other latents"):
         fitted(hivi.from_numpyro(moving), hivi.Delta())
+    with pytest.raises(hivi.FamilyError, match=r"Structured\(\) at group 'b'.*follow earlier draws"):
+        fitted(hivi.from_log_joint(lambda z: -z["a"] ** 2 - z["b"] ** 2, {"a": hivi.Latent(), "b": hivi.Latent()}),
+               hivi.Structured({"a": hivi.MeanField(), "b": hivi.Delta()}))  # fmt: skip
+    with pytest.raises(hivi.FamilyError, match=r"Hierarchical\(prior=...\).*DeltaProposal"):
+        fitted(boolean, hivi.Hierarchical(prior=hivi.Delta()))
+
+
+def test_points_are_not_compared_with_distributions():
+    """Wherever the point is, by whatever key."""
     target = hivi.from_numpyro(loadings, jnp.ones((4, 2)))
-    families = {"em": {"w": hivi.Delta(), "z": hivi.MeanField()}, "mean-field": hivi.MeanField()}
-    with pytest.raises(hivi.FamilyError, match=r"'em'.*Delta\(\) for \['w'\].*none"):
-        hivi.compare(target, families, key=KEY, steps=2, progress=False)
+    families = {
+        "mean-field": hivi.MeanField(),
+        "em": {"w": hivi.Delta(), "z": hivi.MeanField()},
+        "inside": hivi.Structured({"w": hivi.Delta(), "z": hivi.MeanField()}),
+    }
+    found = hivi.compare(target, families, key=KEY, steps=20, progress=False)
+    assert found.best == "mean-field"
+    for name in ("em", "inside"):
+        assert "holds ['w'] at a point, mean-field no site" in found[name].error
+    del families["mean-field"]
+    families["other"] = {"w.*": hivi.Delta(), "z": hivi.MeanField()}
+    assert not any(row.error for row in hivi.compare(target, families, key=KEY, steps=20, progress=False).rows)
+
+
+def test_points_of_rows_that_are_not_subsampled():
+    """The bound row by row takes the Jacobian of each row."""
+    fit = fitted(hivi.from_numpyro(rates, COUNTS), hivi.Delta(), 5, bound=hivi.ImportanceWeighted(2, plate="rows"))
+    assert np.isfinite(fit.elbo(KEY, samples=4).mean)
+    assert fit.elbo(KEY, samples=4).mean == pytest.approx(fit.elbo(KEY, samples=4, bound=hivi.Elbo()).mean, rel=1e-5)

@@ -171,6 +171,9 @@ def test_evaluation_between_integers():
     np.testing.assert_allclose(found, [5.5 + 0.625, 1.75**2 + 5.5 + 0.875], rtol=1e-6)
     (same,) = _jaxprs.evaluate(jaxpr, [*consts, jnp.array([1, 2])])
     np.testing.assert_allclose(same, program(jnp.array([1, 2])), rtol=1e-6)
+    jaxpr, consts, _ = _jaxprs.trace(lambda z, i: 2 * z[i] + 0 * z.at[i].set(1), jnp.array([1, 2]), jnp.array([1, 0]))
+    (taken,) = _jaxprs.evaluate(_jaxprs.inline(jaxpr), [*consts, jnp.array([1.25, 1.75]), jnp.array([1, 0])])
+    np.testing.assert_allclose(taken, [3.5, 2.5], rtol=1e-6)
     jaxpr, consts, _ = _jaxprs.trace(lambda z: jnp.arange(5.0)[z], jnp.array([1, 2]))
     with pytest.raises((TypeError, ValueError), match="integer"):
         _jaxprs.evaluate(_jaxprs.inline(jaxpr), [*consts, jnp.array([1.25, 1.75])])

@@ -100,9 +100,9 @@ class Draws(NamedTuple):
     inner: Array
 
 
-def keys_of(key: Array, shape: tuple[int, int, int]) -> Draws:
+def keys_of(key: Array, shape: tuple[int, int, int], split: bool = True) -> Draws:
     """Repeat `surrogate`'s splitting of its key; where it changes, every test below fails."""
-    keys = jax.random.split(jax.random.split(key)[1], shape).reshape(-1)
+    keys = jax.random.split(jax.random.split(key)[1] if split else key, shape).reshape(-1)
     pairs = jax.vmap(jax.random.split)(keys)
     return Draws(pairs[:, 0], pairs[:, 1])
 

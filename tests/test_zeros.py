@@ -150,6 +150,35 @@ def test_zero_times_what_may_be_infinite_is_not_zero(name):
     np.testing.assert_allclose(change, brute(fn, z), rtol=1e-4, atol=1e-4)
 
 
+def grouped(x: Array, group: Array) -> None:
+    with numpyro.plate("group", 6):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", dist.Normal(jax.nn.one_hot(group, 6) @ z, 1.0), obs=x)
+
+
+def test_indicators_made_of_integers_that_are_data():
+    """Nothing is reported lost in a product of matrices; the groups are read for what they make zero."""
+    group = RNG.integers(0, 6, 50)
+    target = hivi.from_numpyro(grouped, jnp.linspace(-1.0, 1.0, 50), group)
+    assert count(target.factored, (6,)) == 1
+    with pytest.raises(hivi.TargetError, match="same integers"):
+        dataclasses.replace(target, data=jax.tree.map(lambda x: x[::-1], target.data))
+
+
+def test_places_that_a_gather_may_fill():
+    """Rows of a matrix of zeros, taken out of bounds, are filled with numbers that are not zero."""
+
+    def fn(z: Array) -> Array:
+        rows = jnp.zeros((4, 8)).at[:, 0].set(1.0).at[jnp.array([1, 7])].get(mode="fill", fill_value=2.0)
+        return jnp.sum(jnp.tanh(rows @ z))
+
+    z = jnp.asarray([0, 1, 1, 0, 1, 0, 0, 1], jnp.int32)
+    factored = factorise(lambda z: {"log p": fn(z["z"])}, {"z": z})
+    change = quick(lambda z: factored.differences("z", (1 - z)[None], {"z": z}))(z)[0]
+    np.testing.assert_allclose(change, brute(fn, z), rtol=1e-4, atol=1e-4)
+
+
 def regression(x: Array, y: Array) -> None:
     with numpyro.plate("group", 6):
         z = numpyro.sample("z", dist.Poisson(3.0))

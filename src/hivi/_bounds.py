@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from hivi._errors import FitError, require_count
+from hivi._errors import FitError, message, require_count
 
 Weights = Float[Array, "samples outer branches"]
 
@@ -109,6 +109,9 @@ class ImportanceWeighted(AbstractBound):
     def __init__(self, outer: int = 1, inner: int = 0, plate: str | None = None):
         require_count("ImportanceWeighted(outer=...)", outer, "correct the number", 1, FitError)
         require_count("ImportanceWeighted(inner=...)", inner, "correct the number", 0, FitError)
+        if not (plate is None or isinstance(plate, str)):
+            cure = 'pass its name, as in plate="data"'
+            raise FitError(message("ImportanceWeighted(plate=...)", repr(plate), "the name of a plate, or None", cure))
         self.outer, self.inner, self.plate = int(outer), int(inner), plate
 
     def __repr__(self) -> str:

@@ -20,6 +20,15 @@ from jax.interpreters import partial_eval
 CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 """Primitives that only call their inner jaxpr, and may be inlined (a checkpoint then saves no memory)."""
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
+INDICES = {
+    **dict.fromkeys(
+        ("gather", "scatter", *(f"scatter-{op}" for op in ("add", "sub", "mul", "min", "max"))), slice(1, 2)
+    ),
+    **dict.fromkeys(("select_n", "cond"), slice(0, 1)),
+    "dynamic_slice": slice(1, None),
+    "dynamic_update_slice": slice(2, None),
+}
+"""Primitive -> which of its operands are integers whatever the others are."""
 
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[jex.Jaxpr, list[Any], Any]:
@@ -141,7 +150,10 @@ def _on_reals(eqn: jex.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         whole = [jnp.round(x).astype(_dtype(v)) if _is_real(x, v) else x for v, x in pairs]
         return evaluate_equation(eqn, whole)
     wide, params = jnp.result_type(*real), dict(eqn.params)
-    operands = [jnp.asarray(x, wide) if jnp.issubdtype(jnp.result_type(x), jnp.integer) else x for x in operands]
+    kept = INDICES.get(eqn.primitive.name, slice(0, 0)).indices(len(operands))
+    moved = set(range(len(operands))) - set(range(*kept))
+    integer = [jnp.issubdtype(jnp.result_type(x), jnp.integer) for x in operands]
+    operands = [jnp.asarray(x, wide) if k in moved and integer[k] else x for k, x in enumerate(operands)]
     if eqn.primitive.name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.integer):
         return list(operands)  # integers of another width
     if params.get("preferred_element_type") is not None:

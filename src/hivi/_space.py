@@ -189,10 +189,12 @@ class Site:
 
     def log_jacobian(self, value: Array) -> Array:
         """Log |d constrained / d unconstrained| of one value, summed; 0 for a discrete site."""
-        if self.discrete:
-            return jnp.zeros(())
+        return jnp.zeros(()) if self.discrete else jnp.sum(self.log_jacobians(value))
+
+    def log_jacobians(self, value: Array) -> Array:
+        """The same of a continuous site before its sum: one number for each of its independent parts."""
         transform = biject_to(self._fixed_support())
-        return jnp.sum(transform.log_abs_det_jacobian(value, transform(value)))
+        return transform.log_abs_det_jacobian(value, transform(value))
 
     def unconstrain(self, value: Array) -> Array:
         """Map one value from the model's own space to engine coordinates."""

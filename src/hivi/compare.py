@@ -16,7 +16,6 @@ from hivi._errors import FamilyError, FitError, HiviError, message
 from hivi._families.base import AbstractFamily
 from hivi._families.codes import Codes
 from hivi._families.copula import Copula
-from hivi._families.delta import Delta
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.hierarchical import Hierarchical
@@ -181,7 +180,7 @@ def _rows(
         else:
             announce(f"compare: {name} ({number} of {len(chosen)})", run.settings["progress"])
             first = _first(family, fits, base) if grow else None
-            attempt = _grow(run, family, first, curved)
+            attempt = _alike(_grow(run, family, first, curved), fits)
         row = _row(run, name, family, attempt)
         if attempt.fit is not None:
             fits[name] = attempt.fit
@@ -249,21 +248,19 @@ def _checked(families: Any) -> dict[str, Family]:
         if not isinstance(name, str) or not members or not all(isinstance(m, AbstractFamily) for m in members):
             found = repr(family)[:60] + (", a class: call it" if isinstance(family, type) else "")
             raise FamilyError(message(f"compare, family {name!r}", found, "a family, or {site: family}", cure))
-    points = {name: _points(family) for name, family in families.items()}
-    if len(set(points.values())) > 1:
-        name, other = max(points, key=lambda n: len(points[n])), min(points, key=lambda n: len(points[n]))
-        found = f"Delta() for {sorted(points[name])}, and for {sorted(points[other]) or 'no site'} in {other!r}"
-        expected = "the same points everywhere: a bound at a point is one on log p(x, point), and cannot be compared"
-        raise FamilyError(
-            message(f"compare, family {name!r}", found, expected, "give all of them Delta() there, or none")
-        )
     return dict(families)
 
 
-def _points(family: Family) -> frozenset[str]:
-    """Keys of the sites that a family holds at a point."""
-    members = family if isinstance(family, Mapping) else {".*": family}
-    return frozenset(key for key, member in members.items() if isinstance(member, Delta))
+def _alike(attempt: _Attempt, fits: Mapping[str, Fit]) -> _Attempt:
+    """The attempt, without its fit where that holds other sites at a point than the fits before it."""
+    first = next(iter(fits.items()), None)
+    if attempt.fit is None or first is None or attempt.fit.proposal.points == first[1].proposal.points:
+        return attempt
+    here, there = (sorted(f.proposal.points) or "no site" for f in (attempt.fit, first[1]))
+    error = (
+        f"holds {here} at a point, {first[0]} {there}: a bound at a point is one on log p(x, point), not to be compared"
+    )
+    return _Attempt(None, error)
 
 
 def _same(family: Family, other: AbstractFamily) -> bool:

@@ -81,13 +81,14 @@ class Auto(AbstractEstimator):
         """One choice per site, with the number of evaluations it costs and the reason."""
         conditionals = abstract_conditionals(proposal)
         palette = site_colours(target, proposal, bound)
-        closed, fixed = closed_sites(target, proposal), proposal.parameters()
+        closed = closed_sites(target, proposal)
+        fixed = proposal.parameters() if bound.plate is None else {}  # row by row no sum goes over all rows at once
         return [
             Choice(s.name, Expectation(), 1, "log p meets it through means that its family has in closed form")
             if s.name in closed
             else Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
             if s.name in proposal.upstream
-            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1), target, s.name in fixed)
+            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1), target, fixed=s.name in fixed)
             if s.discrete
             else _continuous(s, proposal, bound)
             for s in target.sites
@@ -205,7 +206,7 @@ def _evaluation(target: Target) -> float:
 
 def _continuous(site: Site, proposal: AbstractProposal, bound: AbstractBound) -> Choice:
     landing = StickTheLanding()
-    if proposal.lands and landing.unsuited(site, proposal, bound.linear(proposal.branches)) is None:
+    if proposal.lands and landing.unsuited(site, proposal, bound) is None:
         return Choice(site.name, landing, 1, "continuous, and its family starts near the posterior: no score of q")
     return Choice(site.name, Pathwise(), 1, "continuous: the draw is reparameterised")
 

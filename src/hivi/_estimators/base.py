@@ -195,8 +195,8 @@ class AbstractStrategy(eqx.Module):
         """What it remembers after a step; leading axes of `measured`: (samples, outer, branches)."""
         return memory
 
-    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
-        """Why it cannot serve a site under this family and bound (linear in the log-weights or not), or None if it can."""
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
+        """Why it cannot serve a site under this family and bound, or None if it can."""
         return None
 
     @abc.abstractmethod
@@ -293,8 +293,6 @@ class Fixed(AbstractEstimator):
 
     def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
         conditionals = abstract_conditionals(proposal)
-        linear = bound.linear(proposal.branches)
-
         known = {s.name: s for s in (*target.sites, *proposal.above)}
         above = {*proposal.upstream, *(s.name for s in proposal.above)}
 
@@ -303,7 +301,7 @@ class Fixed(AbstractEstimator):
                 return "other draws depend on it, and this strategy takes them as they are"
             if site.name in above and strategy.redraws(site) > MOST_REDRAWS:
                 return f"other draws depend on it, and {strategy.redraws(site)} moves would draw all of them anew"
-            return strategy.refusal(site, conditionals.get(site.name)) or strategy.unsuited(site, proposal, linear)
+            return strategy.refusal(site, conditionals.get(site.name)) or strategy.unsuited(site, proposal, bound)
 
         out = self.otherwise.resolve(target, proposal, bound)
         if isinstance(self.strategies, Mapping):

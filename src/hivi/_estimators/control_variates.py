@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy, Average, Evaluation, Increment, nothing
 from hivi._families.base import AbstractProposal, Conditional
@@ -47,10 +48,10 @@ class DoubleControlVariates(AbstractStrategy):
             return "it is continuous"
         return None if conditional.likelihood.averaged else "the mean of its q has no closed form"
 
-    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
-        return (
-            None if linear else "its correction has a closed form only under a bound that is linear in the log-weight"
-        )
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
+        if bound.linear(proposal.branches):
+            return None
+        return "its correction has a closed form only under a bound that is linear in the log-weight"
 
     def start(self, conditional: Conditional, key: Key) -> PyTree:
         return nothing(), nothing()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
 from hivi._estimators.disarm import partner
@@ -59,8 +60,8 @@ class LocalExpectation(AbstractStrategy):
             else f"its q is no table, its support not finite or too long ({site.values})"
         )
 
-    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
-        if self.coupled and not linear:
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
+        if self.coupled and not bound.linear(proposal.branches):
             return "coupled draws serve only a bound that is linear in the log-weight"
         return None
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from hivi._bounds import AbstractBound
 from hivi._errors import FitError, require_count
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
 from hivi._families.base import AbstractProposal, Conditional
@@ -65,10 +66,12 @@ class Enumeration(AbstractStrategy):
             return f"{size} coordinates have more than {self.values} joint values"
         return None
 
-    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
-        return (
-            "a site in minibatches has rows that are better enumerated one by one" if site.local is not None else None
-        )
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
+        if site.local is not None:
+            return "a site in minibatches has rows that are better enumerated one by one"
+        if bound.plate is not None:
+            return "it sums over all rows at once, and the bound is taken row by row"
+        return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         z, rule, lam = evaluation.z[site], conditional.likelihood, conditional.lam

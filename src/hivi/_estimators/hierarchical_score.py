@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._bounds import AbstractBound
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment, others
-from hivi._families.base import Conditional
+from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Site
 from hivi._tree import PyTree
 
@@ -38,6 +39,9 @@ class HierarchicalScore(AbstractStrategy):
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "it has no q of its own"
+
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
+        return None if bound.plate is None else "it looks at all rows at once, and the bound is taken row by row"
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         return conditional.likelihood.log_prob(conditional.lam, evaluation.z[site]), evaluation.total()

@@ -115,11 +115,11 @@ def measure(
     """
     target, proposal = setting.target, setting.proposal
     conditional = abstract_conditionals(proposal.gather(target.all_rows())).get(site)
-    own, linear, found = target.site(site), setting.bound.linear(proposal.branches), []
+    own, found = target.site(site), []
     for strategy in CANDIDATES:
         if isinstance(strategy, LocalExpectation | Difference | Enumeration) and not exact:
             continue
-        if strategy.refusal(own, conditional) or strategy.unsuited(own, proposal, linear):
+        if strategy.refusal(own, conditional) or strategy.unsuited(own, proposal, setting.bound):
             continue
         chosen = {**others, site: strategy}
         try:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message
 from hivi._estimators.base import AbstractBaseline, AbstractStrategy, Evaluation, Increment
 from hivi._estimators.leave_one_out import LeaveOneOut
@@ -53,7 +54,7 @@ class Score(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return None if conditional is not None else "its coordinates are not independent given the family's context"
 
-    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
         if self.remembers and site.local is not None and site.scale != 1:
             return f"{type(self.baseline).__name__}() would mix the rows of different minibatches"
         return None

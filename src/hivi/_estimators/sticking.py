@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from hivi._bounds import AbstractBound
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._space import Site
@@ -36,8 +37,8 @@ class StickTheLanding(AbstractStrategy):
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         return "a discrete draw has no derivative" if site.discrete else None
 
-    def unsuited(self, site: Site, proposal: AbstractProposal, linear: bool) -> str | None:
-        if not linear:
+    def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
+        if not bound.linear(proposal.branches):
             return "the score that it leaves out has mean zero only under a bound that is linear in the log-weights"
         if not proposal.landable(site.name):
             return "its family has no exact density"

@@ -84,11 +84,13 @@ def estimate(
     branches, log_pi = local.branches, local.log_weights()
     parts = split(local, target, bound)
     check_minibatch(target, bound, branches)
-    local = local if parts is None else parts.proposal
+    common = None
+    if parts is not None:
+        local = parts.proposal
+        k_common, key = jax.random.split(key)  # fold_in(key, 1) would be the key of a draw: split(key, n)[1]
+        common = shard(jax.random.split(k_common, samples))
     known = memories(local, strategies) if memory is None else memory
     keys = shard(jax.random.split(key, (samples, bound.draws, branches)))
-
-    common = shard(jax.random.split(jax.random.fold_in(key, 1), samples)) if parts is not None else None
 
     def one(shared: Key | None, k: Key, branch: Array) -> tuple[PyTree, PyTree, Array]:
         return _draw(local, target, strategies, bound, (shared, k), branch, rows, known, parts)
@@ -169,18 +171,11 @@ def _draw(
     q_terms = factored.terms(detached)
     if parts is not None:
         parts.check(factored.factors, list(detached))
-    fixed = held(factored)
     stop = jax.lax.stop_gradient
-    here = stop(z)
-    evaluation = Evaluation(
-        here,
-        (
-            Part(1.0, target.factored, stop(p_terms), tuple((n, stop(v)) for n, v in views), (target.data, rows)),
-            Part(-1.0, fixed, stop(q_terms), ((None, here),)),
-        ),
-        local=linear,
-        rows=None if parts is None else parts.axes(),
-    )
+    of_p = Part(1.0, target.factored, stop(p_terms), tuple((n, stop(v)) for n, v in views), (target.data, rows))
+    of_q = Part(-1.0, held(factored), stop(q_terms), ((None, stop(z)),))
+    by_row = None if parts is None else parts.axes()
+    evaluation = Evaluation(stop(z), (of_p, of_q), local=linear, rows=by_row)
     conditionals = proposal.conditionals(context)
     measured = {}
     for number, n in enumerate(sorted(detached)):
@@ -188,14 +183,8 @@ def _draw(
         if n in hidden or n in proposal.upstream:
             own = own._replace(above=_above(held(proposal), target, n, (k_draw, k_inner), branch, bound, rows))
         measured[n] = strategies[n].measure(n, conditionals[n], own)
-    cancel = sum(
-        (
-            (1.0 if n in hidden else target.site(n).scale) * jnp.sum(c.likelihood.log_prob(c.lam, z[n]))
-            for n, c in conditionals.items()
-            if n in detached
-        ),
-        jnp.zeros(()),
-    )
+    given = {n: c.likelihood.log_prob(c.lam, z[n]) for n, c in conditionals.items() if n in detached}
+    cancel = _sum(given, {n: target.site(n).scale for n in given if n not in hidden})
     return weight(lambda: factored.total(q_terms)), measured, cancel
 
 
@@ -295,7 +284,8 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
     local = proposal.gather(rows)
     parts = split(local, target, bound)
     check_minibatch(target, bound, local.branches)
-    shared = jax.random.fold_in(k_draws, 1)
+    if parts is not None:
+        shared, k_draws = jax.random.split(k_draws)
 
     def one(k: Key, branch: Array) -> PyTree:
         k_draw, k_inner = jax.random.split(k)

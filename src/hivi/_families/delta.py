@@ -28,7 +28,8 @@ class Delta(AbstractFamily):
     compare a point with a distribution.
 
     Raises:
-        FamilyError: a discrete site, or one whose support depends on other latents.
+        FamilyError: a discrete site.
+        TargetError: a site whose support depends on other latents or on arrays.
 
     Example:
         >>> import hivi, jax
@@ -40,10 +41,8 @@ class Delta(AbstractFamily):
 
     def build(self, sites: tuple[Site, ...], key: Key) -> AbstractProposal:
         require_real("Delta()", sites)
-        start = {}
-        for s, k in zip(sites, jax.random.split(key, max(len(sites), 1)), strict=False):
-            start[s.name] = likelihood(s).start(s.shape, k)[..., 0]
-            jax.eval_shape(s.log_jacobian, start[s.name])  # a support that is not fixed has none
+        keys = jax.random.split(key, max(len(sites), 1))
+        start = {s.name: likelihood(s).start(s.shape, k)[..., 0] for s, k in zip(sites, keys, strict=False)}
         return DeltaProposal(sites, start)
 
     def native_plates(self) -> bool:
@@ -65,7 +64,7 @@ class DeltaProposal(AbstractProposal):
 
     def log_q(self, z: Latents, context: PyTree, key: Key, inner: int = 0) -> dict[str, Array]:
         """What turns log p of unconstrained coordinates into that of the model's own."""
-        return {f"q({s.name})": _log_jacobian(s, z[s.name]) for s in self.sites}
+        return {f"q({s.name})": s.log_jacobians(z[s.name]) for s in self.sites}
 
     def log_density(self, z: Latents, key: Key, samples: int = 1) -> Float[Array, ""]:
         """Of the other sites, given the point: `log_q` there, and nothing elsewhere."""
@@ -101,17 +100,10 @@ class DeltaProposal(AbstractProposal):
         return DeltaProposal(sites, {s.name: self.point[s.name] for s in sites}) if sites else None
 
     def row_terms(self, plate: str) -> dict[str, int]:
-        return {f"q({s.name})": 0 for s in self.sites if s.local is not None and s.local[0].name == plate}
+        return {f"q({s.name})": axis for s in self.sites for name, axis in s.plates if name == plate}
 
     def scales(self) -> dict[str, float]:
         return {f"q({s.name})": s.scale for s in self.sites if s.local is not None}
 
     def owned(self) -> PyTree:
         return eqx.tree_at(lambda p: p.point, self, {s.name: s.local is not None for s in self.sites})
-
-
-def _log_jacobian(site: Site, value: Array) -> Array:
-    """Log |d constrained / d unconstrained|; of a local site one number per row."""
-    if site.local is None:
-        return site.log_jacobian(value)
-    return jax.vmap(site.row().log_jacobian, site.local[1])(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,10 @@ class RowsProposal(AbstractProposal):
     def upstream(self) -> frozenset[str]:
         return self.rows.upstream
 
+    @property
+    def points(self) -> frozenset[str]:
+        return self.rows.points
+
     def resized(self, sites: tuple[Site, ...]) -> RowsProposal:
         plate = next(s.local[0] for s in sites if s.local is not None)
         return RowsProposal(sites, self.rows, plate, self.mask)
@@ -181,8 +186,11 @@ class RowsProposal(AbstractProposal):
 
     def scales(self) -> dict[str, float]:
         z, context = jax.eval_shape(self.propose, jax.random.key(0))
-        names = jax.eval_shape(lambda v, c: self.log_q(v, c, jax.random.key(0)), z, context)
-        return dict.fromkeys([*names, f"q(tighter)[{self.plate.name}]"], self.plate.scale)
+        names: dict[str, Array] = {}
+        for inner in (0, 1):  # some have other terms with extra draws of lambda
+            with contextlib.suppress(FamilyError):
+                names |= jax.eval_shape(lambda v, c, k=inner: self.log_q(v, c, jax.random.key(0), k), z, context)
+        return dict.fromkeys(names, self.plate.scale)
 
     def row_terms(self, plate: str) -> dict[str, int]:
         return dict.fromkeys(self.scales(), 0) if plate == self.plate.name else {}

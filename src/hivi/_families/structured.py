@@ -102,6 +102,8 @@ def _check(name: str, part: AbstractProposal, first: bool, last: bool) -> None:
     if part.amortised:
         found = "an inference network, whose parameters are those of a row's data"
         cure = "put the structure inside: hivi.Amortised(hivi.Structured({...}))"
+    elif part.points and not first:
+        found, cure = "Delta(), whose value would follow earlier draws", "make it the first group, or use MeanField()"
     elif part.branches > 1 and not first:
         found, cure = "a mixture, whose weights are those of stratified draws", "make it the first group, or use Flow()"
     elif rows and not last:

@@ -39,7 +39,7 @@ from hivi._locality.base import (
     total,
     used,
 )
-from hivi._locality.indexing import INDEXING
+from hivi._locality.indexing import INDEXING, copies
 from hivi._locality.integers import FOLDED, along, fit, fit_columns, fold, side_by_side
 from hivi._locality.loops import CONTROL
 from hivi._locality.merging import join, merge, merge_reads, reachable
@@ -166,9 +166,10 @@ class _Interpreter:
         if name == "iota":
             return [self._iota(eqn.params, shapes[0])]
         touched = any(arg.scope for arg in args)
-        moved = name in VIEWS and (args[0].known is not None or args[0].support is not None)
+        told = args[0].known is not None or args[0].support is not None if args else False
+        viewed = told and (name in VIEWS or (name == "gather" and copies(eqn.params, args)))
         params = {**eqn.params, LOOPS: self.loops}
-        reads = RULES[name](params, args, shapes) if touched or moved else [[]] * len(shapes)
+        reads = RULES[name](params, args, shapes) if touched or viewed else [[]] * len(shapes)
         if touched and name in ("reduce_sum", "dot_general"):
             reads = [zeros.summed(mine, name, params, args) for mine in reads]
         outs = []
@@ -176,11 +177,16 @@ class _Interpreter:
             known, columns = None, None
             dtype = getattr(v.aval, "dtype", None)
             if isinstance(dtype, np.dtype) and dtype.kind in "iub":
-                known = _integers(name, args, shape, dtype, mine, shape + self.loops)
+                extent = shape + self.loops
+                known = (
+                    _seen(args[0].known, mine, args[0].shape, extent)
+                    if viewed
+                    else _folded(name, args, shape, dtype, extent)
+                )
                 columns = side_by_side(name, eqn.params, args, shape)
             scope, support = self.scope(name, mine, args, shape) if touched else {}, None
-            if name in VIEWS and mine and args[0].support is not None:
-                support = args[0].support.seen(_tight(mine[0].view, args[0].shape), shape + self.loops)
+            if viewed and mine and args[0].support is not None:
+                support = _seen(args[0].support, mine, args[0].shape, shape + self.loops)
             elif known is None:
                 real = isinstance(dtype, np.dtype) and dtype.kind == "f"
                 support = zeros.carried(name, params, args, shape, real)
@@ -280,12 +286,13 @@ def _tight(view: AxisMap | None, shape: Shape) -> AxisMap | None:
     return tuple(Const(0) if n == 1 and isinstance(e, All) else e for e, n in zip(view, shape, strict=True))
 
 
-def _integers(
-    name: str, args: Sequence[Arr], shape: Shape, dtype: np.dtype, reads: Sequence[Read], extent: Shape
-) -> Known | None:
-    """Known integers of an output."""
-    if name in VIEWS and reads and args[0].known is not None:
-        return args[0].known.seen(_tight(reads[0].view, args[0].shape), extent)
-    if name in FOLDED and any(a.known for a in args):
-        return fold(name, [a.known and a.known.seen(spread(a.shape, shape), extent) for a in args], dtype, extent)
-    return None
+def _seen(known: Known | None, reads: Sequence[Read], shape: Shape, extent: Shape) -> Known | None:
+    """What is known of an operand of this shape, of a view of it."""
+    return known.seen(_tight(reads[0].view, shape), extent) if known is not None and reads else None
+
+
+def _folded(name: str, args: Sequence[Arr], shape: Shape, dtype: np.dtype, extent: Shape) -> Known | None:
+    """Known integers of an output, computed from known operands."""
+    if name not in FOLDED or not any(a.known for a in args):
+        return None
+    return fold(name, [a.known and a.known.seen(spread(a.shape, shape), extent) for a in args], dtype, extent)

@@ -110,6 +110,17 @@ def _gather(params: Params, args: Sequence[Arr], outs: Sequence[Shape]) -> list[
     return [[Read(0, tuple(view), "index is not known"), *(Read(1, v) for v in views)]]
 
 
+def copies(params: Params, args: Sequence[Arr]) -> bool:
+    """Whether a gather gives elements of its operand alone: never what fills places outside."""
+    if "FILL" not in str(params["mode"]):
+        return True
+    operand, indices = args
+    axes = params["dimension_numbers"].start_index_map
+    found = indices.columns or [indices.known] * len(axes)
+    room = [operand.shape[d] - params["slice_sizes"][d] for d in axes]
+    return all(k is not None and k.within(0, most) for k, most in zip(found, room, strict=True))
+
+
 class _Target:
     """Builds the view of an update written into an operand: where each output element reads it."""
 

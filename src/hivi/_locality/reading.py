@@ -45,16 +45,20 @@ def closest(
     """
     seeds = [*sites, *[None] * len(leaves)]
     plain = Reading(*scopes(jaxpr, seeds, consts))
-    integers = any(_width(s, plain) > (0, 0) for s in indexed)
-    known = {k: x for k, leaf in enumerate(leaves) if indexed and (x := _readable(leaf, integers)) is not None}
+    if not indexed or all(_width(s, plain) == (0, 0) for s in indexed):
+        return plain
 
     def read(some: Mapping[int, np.ndarray]) -> Reading:
         inputs = [*[None] * len(sites), *map(some.get, range(len(leaves)))]
         return Reading(*scopes(jaxpr, seeds, consts, inputs))
 
-    if not known:
-        return plain
-    closer = read(known)
+    known: dict[int, np.ndarray] = {}
+    closer = plain
+    for integers in (False, True):  # zeros alone are what more data have in common than all their integers
+        some = {k: x for k, leaf in enumerate(leaves) if (x := _readable(leaf, integers)) is not None}
+        tried = read(some) if some and len(some) > len(known) else closer
+        if any(_width(s, tried) < _width(s, closer) for s in indexed):
+            known, closer = some, tried
     gained = {s for s in indexed if _width(s, closer) < _width(s, plain)}
     if not gained:
         return plain
