@@ -67,11 +67,14 @@ FLAT = Setting(hivi.MeanField(), 1, POINT, 1.0)
 HVM = Setting(hivi.Mixture(4, equal=True), 16, POINT, 2.0, 0.02)
 CHOSEN = {"mean-field": FLAT, "HVM": HVM}
 CANDIDATES = {
-    **{f"mean-field, {n}, {sd:g}": FLAT._replace(weights=w, deviation=sd)
-       for n, w in (("point", POINT), ("posterior", POSTERIOR)) for sd in (1.0, 2.0)},
-    **{f"HVM, {n}, {sd:g}": HVM._replace(weights=w, deviation=sd)
-       for n, w in (("point", POINT), ("posterior", POSTERIOR)) for sd in (1.0, 2.0)},
-}  # fmt: skip
+    "mean-field, point, 1": FLAT,
+    "mean-field, point, 2": FLAT._replace(deviation=2.0),
+    "mean-field, posterior, 1": FLAT._replace(weights=POSTERIOR),
+    "mean-field, posterior, 2": FLAT._replace(weights=POSTERIOR, deviation=2.0),
+    "HVM, point, 1": HVM._replace(deviation=1.0),
+    "HVM, point, 2": HVM,
+    "mean-field under 64 draws, point, 2": HVM._replace(family=hivi.MeanField(), outer=64),
+}
 
 
 def digits(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
