@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -86,32 +86,26 @@ def fit_streamed(
                 done = len(stream.elbo)
                 bar.update(done, np.asarray(stream.elbo[-per_pass:]), done / (time.monotonic() - tick))
 
-            advance(
-                stream,
-                count,
-                strategies=chosen,
-                schedule=schedule,
-                bound=bound,
-                samples=samples,
-                rng=rng,
-                report=report,
-            )
+            given: dict[str, Any] = {"strategies": chosen, "schedule": schedule, "bound": bound, "samples": samples}
+            advance(stream, count, **given, rng=rng, report=report)
     return Fit(
         proposal=whole(stream),
         sites=target.sites,
         bound=bound,
         family=_inner(family),
         converged=False,
-        history={
-            "step": np.arange(len(stream.elbo)),
-            "elbo": np.where(np.arange(len(stream.elbo)) < warm_steps, np.nan, stream.elbo),
-            "stderr": np.full(len(stream.elbo), np.nan),
-        },
+        history=_history(stream.elbo, warm_steps),
         seconds=time.monotonic() - began,
         message=f"{passes} passes over {stream.source.rows} rows" + (f", {warm} of them a warm-up" if warm else ""),
         target=target,
         strategies={name: label(s) for name, s in strategies.items()},
     )
+
+
+def _history(elbo: Sequence[float], warm_steps: int) -> dict[str, np.ndarray]:
+    """Of a warm-up no bound is known."""
+    step = np.arange(len(elbo))
+    return {"step": step, "elbo": np.where(step < warm_steps, np.nan, elbo), "stderr": np.full(len(elbo), np.nan)}
 
 
 def _inner(family: Family) -> Any:
