@@ -14,6 +14,7 @@ from jaxtyping import Array
 from numpyro.distributions import constraints
 
 import hivi
+from hivi.diagnostics import marginal_khat
 
 KEY = jax.random.key(0)
 COUNTS = jnp.array([3, 0, 4, 2, 6])
@@ -102,6 +103,13 @@ def test_what_is_said_of_points():
     assert any("'w' at a point" in line for line in hivi.trust(fit, key=KEY, samples=200).remarks)
 
 
+def test_no_khat_of_points_alone():
+    fit = fitted(hivi.from_numpyro(loadings, jnp.ones((4, 2))), hivi.Delta(), 5)
+    with pytest.raises(hivi.FitError, match="a point for every site"):
+        marginal_khat(fit, key=KEY)
+    assert hivi.trust(fit, key=KEY, samples=100).khat is None
+
+
 def test_refusals():
     boolean = hivi.from_log_joint(lambda z: 1.0 * z["b"], {"b": hivi.Latent((), constraints.boolean)})
     with pytest.raises(hivi.FamilyError, match=r"Delta\(\) at site 'b'.*discrete"):
@@ -132,6 +140,11 @@ def test_points_are_not_compared_with_distributions():
     assert found.best == "mean-field"
     for name in ("em", "inside"):
         assert "holds ['w'] at a point, mean-field no site" in found[name].error
+    other_way = {"em": families["em"], "mean-field": hivi.MeanField()}
+    assert (
+        "holds no site at a point"
+        in hivi.compare(target, other_way, key=KEY, steps=20, progress=False)["mean-field"].error
+    )
     del families["mean-field"]
     families["other"] = {"w.*": hivi.Delta(), "z": hivi.MeanField()}
     assert not any(row.error for row in hivi.compare(target, families, key=KEY, steps=20, progress=False).rows)

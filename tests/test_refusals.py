@@ -19,6 +19,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import hivi
+from hivi._families.product import build_proposal
 
 KEY = jax.random.key(0)
 SHORT: dict[str, Any] = {"key": KEY, "steps": 10, "progress": False}
@@ -224,3 +225,9 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
 def test_log_joints_of_other_arguments(log_joint, data, cure):
     with pytest.raises(hivi.TargetError, match=rf"log_joint.*the arguments \(.*{cure}"):
         hivi.from_log_joint(log_joint, {"a": hivi.Latent()}, data=data)
+
+
+def test_a_family_that_was_not_called():
+    target = hivi.from_log_joint(lambda z: -(z["a"] ** 2), {"a": hivi.Latent()})
+    with pytest.raises(hivi.FamilyError, match=r"family key 'a'.*a class: call it"):
+        build_proposal({"a": hivi.MeanField}, target.sites, jax.random.key(0))

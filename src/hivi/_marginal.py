@@ -123,6 +123,9 @@ def marginal_khat(fit: Fit, *, key: Key, samples: int = 1000) -> KHat:
         Vehtari, Simpson, Gelman, Yao & Gabry 2024 (k-hat); Yao, Vehtari, Simpson & Gelman 2018 (of a variational q).
     """
     target = _whole_target("marginal_khat", fit)
+    if fit.proposal.points >= {s.name for s in fit.sites}:
+        found, cure = "a point for every site", "fit a family with a spread to one of them"
+        raise FitError(message("marginal_khat", found, "a distribution of draws", cure))
     if samples < 100:
         raise FitError(message("marginal_khat(samples=...)", str(samples), "at least 100", "ask for more samples"))
     k_draw, k_density = jax.random.split(key)

@@ -22,6 +22,8 @@ DRAWS, EVALUATIONS = 64, 256
 """Draws of z in the multi-sample bound that shows what the ELBO misses, and its estimates."""
 SURE = 3.0
 """Differences below so many standard errors are not called differences."""
+ROUGH_SHARE = 0.05
+"""From which share of a difference on its standard error is told."""
 NEGLIGIBLE = 0.05
 """Differences of bounds below this, in nats, are not worth a word."""
 LEAST = 100
@@ -115,7 +117,8 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
     if found.tighter is not None:
         rise = difference(found.tighter, found.bound)
         if clear(rise):
-            faults.append(f"its ELBO misses at least {rise.mean:.2g} nats of log p(x), more where q never draws")
+            rough = f" ± {rise.stderr:.1g}" if rise.stderr > ROUGH_SHARE * rise.mean else ""
+            faults.append(f"its ELBO misses at least {rise.mean:.2g}{rough} nats of log p(x), more where q never draws")
     if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)
         plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
@@ -138,7 +141,7 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
     tighter: Estimate | None = None
     khat: KHat | None = None
     try:
-        rows = next((s.local[0].name for s in fit.sites if s.local is not None), None)
+        rows = next((s.local[0].name for s in fit.sites if s.local is not None), fit.bound.plate)
         tighter = fit.elbo(k_bound, EVALUATIONS, ImportanceWeighted(DRAWS, plate=rows))
     except HiviError as error:
         remarks.append(f"no tighter bound ({_found(error)})")

@@ -176,7 +176,7 @@ def _rows(
     fits: dict[str, Fit] = {}
     for number, (name, family) in enumerate(chosen.items(), 1):
         if name == mean_field and base is not None:
-            attempt = base
+            attempt = _alike(base, fits)
         else:
             announce(f"compare: {name} ({number} of {len(chosen)})", run.settings["progress"])
             first = _first(family, fits, base) if grow else None

@@ -78,7 +78,9 @@ class Split(NamedTuple):
                 own = jnp.moveaxis(term, axes[name], 0).reshape(size, -1)
                 rows = rows - scales.get(name, 1.0) / scale * jnp.sum(own, 1)
             elif name.endswith(inside):
-                raise FitError(self._coupled(f"the term {name!r} of log q", "a family that takes rows one by one"))
+                expected = "a family that takes rows one by one"
+                cure = f"use MeanField() or Amortised(), or minibatches, subsample={{{self.plate.name!r}: ...}}"
+                raise FitError(self._coupled(f"the term {name!r} of log q", expected, cure))
             else:
                 rest = rest - scales.get(name, 1.0) * sum_all(term)
         return RowWeights(rows, rest)
@@ -92,7 +94,11 @@ class Split(NamedTuple):
         size = self.plate.batch
         found = {along_axis(factor, name, axis, size) for name, axis in self.rows.items()} - {None}
         if len(found) > 1 or ALL in found:
-            raise FitError(self._coupled(f"the term {factor.name!r}", "terms whose elements touch one row each"))
+            expected = "terms whose elements touch one row each"
+            cure = (
+                "if data look up their row by an index array, close over that array in place of passing it to the model"
+            )
+            raise FitError(self._coupled(f"the term {factor.name!r}", expected, cure))
         return next(iter(found), None)
 
     def check(self, factors: Sequence[Factor], sites: Sequence[str]) -> None:
@@ -137,11 +143,10 @@ class Split(NamedTuple):
 
         return of
 
-    def _coupled(self, where: str, expected: str) -> str:
+    def _coupled(self, where: str, expected: str, cure: str) -> str:
         found = f"several rows of the plate {self.plate.name!r} in one number"
-        cure = f"use MeanField(), or minibatches, subsample={{{self.plate.name!r}: ...}}, for which families are repeated row by "
         return message(
-            where, found, expected, cure + "row; or a bound of all rows together: Elbo(), ImportanceWeighted()"
+            where, found, expected, cure + "; or use a bound of all rows together: Elbo(), ImportanceWeighted()"
         )
 
 
@@ -159,7 +164,8 @@ def split(proposal: AbstractProposal, target: Target, bound: AbstractBound) -> S
     known = sorted({name for s in target.sites for name, _ in s.plates})
     if not rows:
         cure = nearest(bound.plate, known, "name a plate of the model that has latents, or leave it out")
-        raise FitError(message(where, "no latent site in it", f"one of the plates {known}", cure))
+        expected = f"one of the plates {known}" if known else "a plate that has latents, and the model has none"
+        raise FitError(message(where, "no latent site in it", expected, cure))
     if target.source is not None:
         raise FitError(message(where, "a streamed target", "all data in memory", "use hivi.Elbo()"))
     outside, inside = proposal.divided(frozenset(rows))

@@ -65,6 +65,10 @@ def grouped(
                 "family", repr(family), "a family or a dict {site or pattern: family}", "for example hivi.MeanField()"
             )
         )
+    for key, member in family.items():
+        if not isinstance(member, AbstractFamily):
+            found = repr(member)[:60] + (", a class: call it" if isinstance(member, type) else "")
+            raise FamilyError(message(f"family key {key!r}", found, "a family", "for example hivi.MeanField()"))
     taken: dict[str, list[Site]] = {pattern: [] for pattern in family}
     alone: list[str] = []
     for site in sites:

@@ -109,6 +109,9 @@ class Fit:
             FitError: the run was loaded without its target, or fewer than 2 samples were asked for.
         """
         check_key("Fit.elbo", key)
+        if not isinstance(bound, AbstractBound | None):
+            cure = "for example hivi.ImportanceWeighted(64), with its ()"
+            raise FitError(message("Fit.elbo(bound=...)", repr(bound), "a bound", cure))
         if self.target is None:
             raise FitError(
                 message("Fit.elbo", "a run loaded without its target", "the target", "hivi.load(folder, target=target)")
