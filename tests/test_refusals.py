@@ -19,7 +19,6 @@ import pytest
 from numpyro.distributions import constraints
 
 import hivi
-from hivi._families.product import build_proposal
 
 KEY = jax.random.key(0)
 SHORT: dict[str, Any] = {"key": KEY, "steps": 10, "progress": False}
@@ -169,6 +168,9 @@ WRONG = {
     "hivi.ImportanceWeighted(outer=True)": r"ImportanceWeighted\(outer=.*found True",
     "hivi.MeanField(concentration='a')": r"concentration=.*found 'a'.*positive",
     "quick.sample(key, 100.0)": r"Fit.sample\(samples=.*found 100.0; expected an integer, at least 1",
+    'hivi.fit(target, {"x": hivi.MeanField}, key=key)': r"family key 'x'.*a class: call it",
+    "quick.elbo(key, bound='iw')": r"Fit.elbo\(bound=.*found 'iw'; expected a bound",
+    "hivi.ImportanceWeighted(2, plate=3)": r"ImportanceWeighted\(plate=.*found 3; expected the name of a plate",
     "quick.elbo(key, samples=1)": r"Fit.elbo\(samples=.*found 1; expected an integer, at least 2",
     "quick.log_prob(quick.sample(key, 3), key=key, samples=0)": r"Fit.log_prob\(samples=.*at least 1",
     "hivi.trust(target, key=key)": r"trust\(fit\).*found a Target; expected what hivi.fit returns",
@@ -225,9 +227,3 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
 def test_log_joints_of_other_arguments(log_joint, data, cure):
     with pytest.raises(hivi.TargetError, match=rf"log_joint.*the arguments \(.*{cure}"):
         hivi.from_log_joint(log_joint, {"a": hivi.Latent()}, data=data)
-
-
-def test_a_family_that_was_not_called():
-    target = hivi.from_log_joint(lambda z: -(z["a"] ** 2), {"a": hivi.Latent()})
-    with pytest.raises(hivi.FamilyError, match=r"family key 'a'.*a class: call it"):
-        build_proposal({"a": hivi.MeanField}, target.sites, jax.random.key(0))

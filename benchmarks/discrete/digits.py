@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--choose",
         action="store_true",
-        help="first try the candidates, on a part of the training digits, for two thirds of the time",
+        help="first try the candidates, for two thirds of the time",
     )
     args = parser.parse_args()
     if args.choose:
