@@ -61,7 +61,7 @@ def test_variational_em_reaches_the_penalised_likelihood():
     best = jnp.array([1.0, -1.0])
     for _ in range(300):
         best = best + 0.01 * jax.grad(log_p)(best)
-    fit = fitted(hivi.from_numpyro(loadings, x), {"w": hivi.Delta(), "z": hivi.MeanField()}, 3000)
+    fit = fitted(hivi.from_numpyro(loadings, x), {"w": hivi.Delta(), "z": hivi.MeanField()}, 1500)
     w = fit.sample(KEY, 2)["w"][0]
     w = w * jnp.sign(w[0])
     np.testing.assert_allclose(w, best, atol=0.05)
