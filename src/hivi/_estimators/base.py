@@ -66,7 +66,7 @@ class Evaluation(NamedTuple):
         key: randomness for strategies that draw more.
         local: whether the bound is linear in the log-weight, so that terms which do not touch z_i may be left out.
         memory: what the strategy has learnt in earlier steps.
-        rows: for a bound that is taken row by row: site -> its axis of rows, and their number. `local` is False then.
+        rows: for a bound that is taken row by row: site -> its axis of rows, and their number.
         above: for a variable on which other draws depend: the log-weight at another value of it, with all that
             depends on it drawn anew. Its signal is the whole log-weight.
     """

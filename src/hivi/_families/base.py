@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hivi._errors import FamilyError, message
-from hivi._families.checks import RATE, not_a_prior, one_group
+from hivi._families.checks import RATE, jointly, not_a_prior
 from hivi._families.checks import Directions as Directions
 from hivi._families.checks import rate_for as rate_for
 from hivi._families.checks import require_real as require_real
@@ -266,7 +266,19 @@ class AbstractProposal(eqx.Module):
         Raises:
             FamilyError: sites of both kinds that are fitted jointly.
         """
-        return one_group(self, names)
+        outside, inside = (tuple(s for s in self.sites if (s.name in names) is own) for own in (False, True))
+        if not (outside and inside):
+            return (self, None) if outside else (None, self)
+        part = self.alone(inside)
+        return self.alone(outside), part
+
+    def alone(self, sites: tuple[Site, ...]) -> AbstractProposal:
+        """What it says of some of its sites, where they are independent of the others.
+
+        Raises:
+            FamilyError: they are fitted jointly.
+        """
+        raise FamilyError(jointly(type(self).__name__, sites, self.sites))
 
     def row_terms(self, plate: str) -> dict[str, int]:
         """Name of a term of `log_q` that belongs to the rows of a plate -> its axis of rows."""

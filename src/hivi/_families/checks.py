@@ -132,23 +132,9 @@ def not_a_prior(proposal: Any) -> str:
     )
 
 
-def one_group(proposal: Any, names: frozenset[str]) -> tuple[Any, Any]:
-    """`AbstractProposal.divided` of a proposal whose sites are fitted jointly.
-
-    Raises:
-        FamilyError: it has sites of both kinds.
-    """
-    own = [s.name for s in proposal.sites]
-    inside, outside = [n for n in own if n in names], [n for n in own if n not in names]
-    if not inside:
-        return proposal, None
-    if not outside:
-        return None, proposal
-    raise FamilyError(
-        message(
-            f"site {inside[0]!r} of the bound's plate",
-            f"{type(proposal).__name__}, which fits it jointly with {outside[0]!r} outside the plate",
-            "a family of its own for the plate's sites",
-            f"use family={{{inside[0]!r}: ..., '.*': hivi.MeanField()}}, or hivi.Elbo()",
-        )
-    )
+def jointly(family: str, sites: Sequence[Site], among: Sequence[Site]) -> str:
+    """Why some of a proposal's sites do not stand alone."""
+    name, other = sites[0].name, next(s.name for s in among if s not in sites)
+    found = f"{family}, which fits it jointly with {other!r} outside the plate"
+    cure = f"use family={{{name!r}: ..., '.*': hivi.MeanField()}}, or hivi.Elbo()"
+    return message(f"site {name!r} of the bound's plate", found, "a family of its own for the plate's sites", cure)

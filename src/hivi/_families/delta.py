@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -92,12 +90,8 @@ class DeltaProposal(AbstractProposal):
         some = {n: taken(self.point[n], rows.get(plate.name), axis) for n, (plate, axis) in local.items()}
         return DeltaProposal(self.sites, {**self.point, **some})
 
-    def divided(self, names: frozenset[str]) -> tuple[Any, Any]:
-        outside, inside = (tuple(s for s in self.sites if (s.name in names) is own) for own in (False, True))
-        return self._some(outside), self._some(inside)
-
-    def _some(self, sites: tuple[Site, ...]) -> DeltaProposal | None:
-        return DeltaProposal(sites, {s.name: self.point[s.name] for s in sites}) if sites else None
+    def alone(self, sites: tuple[Site, ...]) -> DeltaProposal:
+        return DeltaProposal(sites, {s.name: self.point[s.name] for s in sites})
 
     def row_terms(self, plate: str) -> dict[str, int]:
         return {f"q({s.name})": axis for s in self.sites for name, axis in s.plates if name == plate}

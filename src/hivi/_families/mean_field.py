@@ -100,12 +100,8 @@ class MeanFieldProposal(AbstractProposal):
                 lam[s.name] = taken(lam[s.name], rows.get(plate.name), axis)
         return MeanFieldProposal(self.sites, lam)
 
-    def divided(self, names: frozenset[str]) -> tuple[MeanFieldProposal | None, MeanFieldProposal | None]:
-        outside, inside = (tuple(s for s in self.sites if (s.name in names) is own) for own in (False, True))
-        return self._some(outside), self._some(inside)
-
-    def _some(self, sites: tuple[Site, ...]) -> MeanFieldProposal | None:
-        return MeanFieldProposal(sites, {s.name: self.lam[s.name] for s in sites}) if sites else None
+    def alone(self, sites: tuple[Site, ...]) -> MeanFieldProposal:
+        return MeanFieldProposal(sites, {s.name: self.lam[s.name] for s in sites})
 
     def row_terms(self, plate: str) -> dict[str, int]:
         return {f"q({s.name})": axis for s in self.sites for name, axis in s.plates if name == plate}
