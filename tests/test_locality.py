@@ -18,7 +18,7 @@ from numpyro.distributions import constraints
 
 import hivi
 from cases import built, quick, total
-from hivi._estimators.auto import site_colours
+from hivi._estimators.exact import site_colours, site_programs
 from hivi._estimators.surrogate import surrogate
 from hivi._factored import Factored, factorise
 
@@ -107,7 +107,7 @@ def test_signals_and_colours_do_not_depend_on_the_spelling(name):
     if name in ("plate", "to_event"):  # the same chain, normalised site by site
         right = right - jax.nn.softplus(FIELD)
     np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
-    assert site_colours(target, built("mean-field", target), hivi.Elbo()) == {"z": 2}
+    assert site_colours(target, site_programs(target, built("mean-field", target), hivi.Elbo())) == {"z": 2}
 
 
 @pytest.mark.parametrize("strategy", [hivi.Score(), hivi.LocalExpectation()], ids=lambda s: type(s).__name__)
@@ -139,14 +139,14 @@ def test_gradients_of_a_hierarchy_do_not_depend_on_the_spelling(name, strategy):
 def test_colours_of_a_hierarchy(family):
     """r of an inverse flow splits by z_i: two colours remain; the linearised posterior of a full prior couples all."""
     target = chain()
-    colours = site_colours(target, built(family, target), hivi.Elbo())
+    colours = site_colours(target, site_programs(target, built(family, target), hivi.Elbo()))
     assert colours == {"z": SIZE if family == "hvm full-rank" else 2}
 
 
 def test_an_exact_expectation_loses_nothing_behind_a_logsumexp():
     """A global scalar costs time (32 colours), not variance; the score function's variance grows."""
     local, hidden = chain(), hivi.from_log_joint(_hidden, LATENT)
-    assert site_colours(hidden, built("mean-field", hidden), hivi.Elbo()) == {"z": SIZE}
+    assert site_colours(hidden, site_programs(hidden, built("mean-field", hidden), hivi.Elbo())) == {"z": SIZE}
     found, right = (gradients(t, "mean-field", hivi.LocalExpectation()) for t in (hidden, local))
     np.testing.assert_allclose(found, right, atol=1e-4)
     found, right = (gradients(t, "mean-field", hivi.Score()) for t in (hidden, local))

@@ -10,6 +10,7 @@ from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.disarm import DisARM
 from hivi._estimators.enumeration import Enumeration
 from hivi._estimators.expectation import Expectation
+from hivi._estimators.factor_expectation import FactorExpectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.learned import Learned
 from hivi._estimators.leave_one_out import LeaveOneOut
@@ -64,6 +65,7 @@ __all__ = [
     "Enumeration",
     "Estimate",
     "Expectation",
+    "FactorExpectation",
     "FamilyError",
     "Fit",
     "FitError",

@@ -205,7 +205,13 @@ class Factored(eqx.Module):
         return out
 
     def differences(
-        self, site: str, moved: Array, z: Latents, *rest: PyTree, among: frozenset[str] | None = None
+        self,
+        site: str,
+        moved: Array,
+        z: Latents,
+        *rest: PyTree,
+        among: frozenset[str] | None = None,
+        numbers: Collection[int] | None = None,
     ) -> Array:
         """Change of the log-density when one coordinate moves, for every coordinate at once.
 
@@ -219,13 +225,18 @@ class Factored(eqx.Module):
             z: the current latents.
             *rest: the other arguments.
             among: names of the terms that count; None for all.
+            numbers: numbers of the factors that count, of a term with a closed form all or none; None for all.
 
         Returns:
             Array (moves, *site shape): `f(z with z_i = moved[m, i]) - f(z)`.
         """
-        wanted = {f.name for f in self.factors} if among is None else among
+        counted = range(len(self.factors)) if numbers is None else numbers
+        wanted = {self.factors[k].name for k in counted}
+        wanted = wanted if among is None else wanted & among
         closed = {name: rule for name, owner, rule in self.overrides if owner == site}
-        keep = [k for k in self.program.touching(site) if self.factors[k].name in wanted - closed.keys()]
+        keep = [
+            k for k in self.program.touching(site) if k in counted and self.factors[k].name in wanted - closed.keys()
+        ]
         out = jnp.zeros(moved.shape)
         for rule in (rule for name, rule in closed.items() if name in wanted):
             out = out + jax.vmap(lambda value, rule=rule: rule(z, value, *rest))(moved)

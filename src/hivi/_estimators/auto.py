@@ -6,10 +6,8 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hivi._bounds import AbstractBound, Elbo
 from hivi._errors import FitError, message, require_count
@@ -17,16 +15,16 @@ from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_
 from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.enumeration import Enumeration
+from hivi._estimators.exact import Programs, covered, site_colours, site_programs
 from hivi._estimators.expectation import Expectation
+from hivi._estimators.factor_expectation import FactorExpectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.measured import Measured, Setting, measure_each
 from hivi._estimators.pathwise import Pathwise
 from hivi._estimators.score import Score
 from hivi._estimators.sticking import StickTheLanding
-from hivi._factored import factorise
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._families.product import ProductProposal, build_proposal
-from hivi._locality.colour import colours
 from hivi._space import Site
 from hivi._target.base import Target
 from hivi._tree import Key
@@ -45,8 +43,9 @@ class Auto(AbstractEstimator):
     """Pathwise for continuous sites; for discrete ones what is exact and cheap, and else what measures best.
 
     A discrete site whose exact local expectation (or difference) costs at most `cheap` evaluations, or `work` elementary
-    operations, gets it; one of at most `cheap` joint values, whose lambda is not random, the sum over all of these. To
-    compile the alternatives would take longer than a fit. For others a fit takes 100 steps of warm-up, then measures every
+    operations, gets it; one whose lambda is not random, the sum over all of its joint values if these are at most `cheap`, or
+    else over those of what each factor touches, if `cheap` evaluations show them all. To compile the alternatives would
+    take longer than a fit. For others a fit takes 100 steps of warm-up, then measures every
     strategy that can serve the site (exact ones within `budget`, DisARM, double control variates, the score function with
     leave-one-out baseline): the variance of the gradient over 64 draws, times its elementary operations, counted, so that
     the choice depends on the key alone and not on the machine's mood. The best product wins, and the fit starts afresh with
@@ -80,7 +79,8 @@ class Auto(AbstractEstimator):
     def choose(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> list[Choice]:
         """One choice per site, with the number of evaluations it costs and the reason."""
         conditionals = abstract_conditionals(proposal)
-        palette = site_colours(target, proposal, bound)
+        programs = site_programs(target, proposal, bound)
+        palette = site_colours(target, programs)
         closed = closed_sites(target, proposal)
         fixed = proposal.parameters() if bound.plate is None else {}  # row by row no sum goes over all rows at once
         return [
@@ -88,7 +88,13 @@ class Auto(AbstractEstimator):
             if s.name in closed
             else Choice(s.name, HierarchicalScore(), 1, "other draws depend on it: score of the whole log-weight")
             if s.name in proposal.upstream
-            else self._choose(s, conditionals.get(s.name), palette.get(s.name, 1), target, fixed=s.name in fixed)
+            else self._choose(
+                s,
+                conditionals.get(s.name),
+                palette.get(s.name, 1),
+                target,
+                programs.get(s.name) if s.name in fixed else None,
+            )
             if s.discrete
             else _continuous(s, proposal, bound)
             for s in target.sites
@@ -97,8 +103,10 @@ class Auto(AbstractEstimator):
             for s in proposal.above
         ]
 
-    def _choose(self, site: Site, conditional: Conditional | None, count: int, target: Target, fixed: bool) -> Choice:
-        """`count` is its colours; `fixed`, whether its lambda is not random, so that a sum over all values leaves no noise."""
+    def _choose(
+        self, site: Site, conditional: Conditional | None, count: int, target: Target, programs: Programs | None
+    ) -> Choice:
+        """`count` is its colours; `programs` its factors, where its lambda is not random, so that sums leave no noise."""
         plural = f"{count} colour{'s' * (count != 1)}"
         if conditional is None:
             raise FitError(
@@ -115,14 +123,27 @@ class Auto(AbstractEstimator):
         short = table and count == 1 and cost > self.budget and cost * _evaluation(target) <= 10 * self.work
         if cost > self.budget and not short:
             return Choice(site.name, Score(), 1, f"exact would cost {cost} evaluations ({plural}), over {self.budget}")
-        few = table and fixed and count > 1 and site.local is None and math.prod(site.batch_shape) <= self.cheap
-        joint = site.values.count ** math.prod(site.batch_shape) if few else math.inf
-        if joint <= min(self.cheap, self.budget) and joint * _evaluation(target) <= self.work:
-            return Choice(site.name, Enumeration(), int(joint), f"all its {joint} joint values summed")
+        if table and programs is not None and count > 1 and min(self.cheap, self.budget) > 0:
+            summed = self._summed(site, target, programs)
+            if summed is not None:
+                return summed
         if table:
             why = f"finite support of {site.values.count} values: every value summed, {plural}"
             return Choice(site.name, LocalExpectation(), cost, why)
         return Choice(site.name, Difference(), cost, f"{site.values.kind}: difference identity, {plural}")
+
+    def _summed(self, site: Site, target: Target, programs: Programs) -> Choice | None:
+        """A sum over joint values that leaves no noise, if it is cheap."""
+        most, each = min(self.cheap, self.budget), _evaluation(target)
+        few = site.local is None and math.prod(site.batch_shape) <= most
+        joint = site.values.count ** math.prod(site.batch_shape) if few else math.inf
+        if joint <= most and joint * each <= self.work:
+            return Choice(site.name, Enumeration(), int(joint), f"all its {joint} joint values summed")
+        rows = covered(most, site, programs) if 4 * each <= self.work else None
+        if rows is None or rows * each > self.work:
+            return None
+        why = f"{rows} evaluations show every factor all joint values of what it touches"
+        return Choice(site.name, FactorExpectation(), rows, why)
 
     def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
         return {c.site: c.strategy for c in self.choose(target, proposal, bound)}
@@ -226,31 +247,3 @@ def closed_sites(target: Target, proposal: AbstractProposal) -> set[str]:
         if part.closed_form:
             found |= {s.name for s in part.sites}
     return found & set(target.closed)
-
-
-def site_colours(target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, int]:
-    """Discrete site -> number of evaluations that move each of its coordinates once, in log p and in log q."""
-    discrete = {s.name: s for s in target.sites if s.discrete}
-    if not discrete:
-        return {}
-    programs = [(target.factored.program, {(term, site) for term, site, _ in target.factored.overrides})]
-    arrays, static = eqx.partition(proposal.gather(target.all_rows()), eqx.is_array)
-
-    def look(a: Any) -> None:
-        p = eqx.combine(a, static)
-        z, context = p.propose(jax.random.key(0))
-        free = {n: z[n] for n in discrete if n in p.conditionals(context)}
-        if free:
-            factored = factorise(lambda v: p.log_q({**z, **v}, context, jax.random.key(1), bound.inner), free)
-            programs.append((factored.program, set()))
-
-    jax.eval_shape(look, arrays)
-    out = {}
-    for name, site in discrete.items():
-        counts = []
-        for program, overridden in programs:
-            factors = [f for f in program.factors if f.maps(name) and (f.name, name) not in overridden]
-            palette = colours(factors, name, site.batch_shape)
-            counts.append(math.prod(int(np.max(c, initial=0)) + 1 for c in palette))
-        out[name] = max(counts)
-    return out

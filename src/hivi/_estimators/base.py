@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -142,13 +142,14 @@ class Evaluation(NamedTuple):
         ]
         return sum(found, jnp.zeros(shape))
 
-    def differences(self, site: str, moved: Array) -> Array:
-        """Change of log p - log q when one coordinate moves, (moves, *site shape)."""
+    def differences(self, site: str, moved: Array, numbers: Sequence[Collection[int]] | None = None) -> Array:
+        """Change of log p - log q when one coordinate moves, (moves, *site shape); of some factors of each part, if named."""
         if self.above is not None:
             return _redraws(self.above, self.z[site], moved) - self.total()
+        which = [None] * len(self.parts) if numbers is None else numbers
         found = [
-            p.sign * p.factored.differences(site, moved, z, *p.rest, among=names)
-            for p in self.parts
+            p.sign * p.factored.differences(site, moved, z, *p.rest, among=names, numbers=n)
+            for p, n in zip(self.parts, which, strict=True)
             if site in p.factored.program.sites
             for names, z in p.views
         ]

@@ -20,6 +20,7 @@ from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.disarm import DisARM
 from hivi._estimators.enumeration import Enumeration
+from hivi._estimators.factor_expectation import FactorExpectation
 from hivi._estimators.score import Score
 from hivi._estimators.surrogate import surrogate
 from hivi._families.base import AbstractProposal
@@ -29,6 +30,7 @@ from hivi._tree import Key, PyTree
 CANDIDATES: tuple[AbstractStrategy, ...] = (
     LocalExpectation(),
     LocalExpectation(coupled=True),
+    FactorExpectation(),
     Difference(),
     DisARM(),
     DoubleControlVariates(),
@@ -117,7 +119,7 @@ def measure(
     conditional = abstract_conditionals(proposal.gather(target.all_rows())).get(site)
     own, found = target.site(site), []
     for strategy in CANDIDATES:
-        if isinstance(strategy, LocalExpectation | Difference | Enumeration) and not exact:
+        if isinstance(strategy, LocalExpectation | FactorExpectation | Difference | Enumeration) and not exact:
             continue
         if strategy.refusal(own, conditional) or strategy.unsuited(own, proposal, setting.bound):
             continue

@@ -12,6 +12,7 @@ from hivi._estimators.control_variates import DoubleControlVariates
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.disarm import DisARM
 from hivi._estimators.enumeration import Enumeration
+from hivi._estimators.factor_expectation import FactorExpectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
 from hivi._estimators.learned import Learned
 from hivi._estimators.moving_average import MovingAverage
@@ -27,6 +28,7 @@ STRATEGIES: dict[str, AbstractStrategy] = {
     "double-control-variates": DoubleControlVariates(),
     "local-expectation": LocalExpectation(),
     "coupled-local-expectation": LocalExpectation(coupled=True),
+    "factor-expectation": FactorExpectation(),
     "difference": Difference(),
     "enumeration": Enumeration(),
     "hierarchical-score": HierarchicalScore(),
