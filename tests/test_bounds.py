@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 import hivi
 from cases import TARGETS, built, quick, states
-from hivi._estimators.surrogate import log_weights
+from hivi._estimators.evaluation import log_weights
 
 
 def truth(target: hivi.Target, most: int = 40) -> float:

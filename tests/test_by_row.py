@@ -18,7 +18,8 @@ from jaxtyping import Array
 import hivi
 from cases import STRATEGIES, perturbed, quick
 from hivi._estimators.by_row import split
-from hivi._estimators.surrogate import log_weights, surrogate
+from hivi._estimators.evaluation import log_weights
+from hivi._estimators.surrogate import surrogate
 from hivi._families.product import ProductProposal, build_proposal
 from test_unbiased import Forced, Means, as_drawn, assert_agrees, flat, keys_of
 

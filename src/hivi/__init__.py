@@ -34,7 +34,8 @@ from hivi._families.recursive import Recursive
 from hivi._families.standardised import Standardised
 from hivi._families.structured import Structured
 from hivi._fit.loop import fit
-from hivi._fit.result import Estimate, Fit, load
+from hivi._fit.pointwise import Estimate, Pointwise
+from hivi._fit.result import Fit, load
 from hivi._space import Latent
 from hivi._target.base import Target, explain
 from hivi._target.log_joint import from_log_joint
@@ -88,6 +89,7 @@ __all__ = [
     "Mixture",
     "MovingAverage",
     "Pathwise",
+    "Pointwise",
     "Recursive",
     "Score",
     "SemiImplicit",

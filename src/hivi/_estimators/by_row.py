@@ -123,12 +123,12 @@ class Split(NamedTuple):
 
     def of(self, bound: AbstractBound) -> Callable[[RowWeights, Array], Float[Array, " samples"]]:
         """`bound.value` of log-weights by row, with leading axes (samples, outer, branches)."""
+        each = self.each(bound)
+        return lambda log_w, log_pi: log_w.rest[:, 0, 0] + self.plate.scale * jnp.sum(each(log_w.rows, log_pi), -1)
 
-        def value(log_w: RowWeights, log_pi: Array) -> Array:
-            each = jax.vmap(lambda w: bound.value(w, log_pi), -1, -1)(log_w.rows)
-            return log_w.rest[:, 0, 0] + self.plate.scale * jnp.sum(each, -1)
-
-        return value
+    def each(self, bound: AbstractBound) -> Callable[[Array, Array], Float[Array, "samples rows"]]:
+        """`bound.value` of every row by itself, of its log-weights with leading axes (samples, outer, branches)."""
+        return lambda rows, log_pi: jax.vmap(lambda w: bound.value(w, log_pi), -1, -1)(rows)
 
     def increment(
         self, bound: AbstractBound, log_w: RowWeights, log_pi: Array, target: Target, site: str

@@ -203,13 +203,13 @@ def _above(
         z, context = proposal.redrawn({site: value}, keys[0], branch)
         z = {**z, **proposal.hidden(context)}
         views = terms_by_view(target, z, views_of(target, proposal, context, bound.linear(proposal.branches)))
-        log_q = _total(proposal, z, context, keys[1], bound.inner)
+        log_q = total(proposal, z, context, keys[1], bound.inner)
         return target.factored.total(viewed_terms(target, views, rows)) - log_q
 
     return at
 
 
-def _total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, inner: int) -> Array:
+def total(proposal: AbstractProposal, z: Latents, context: PyTree, key: Key, inner: int) -> Array:
     """`log_q` of a draw, summed."""
     return _sum(proposal.log_q(z, context, key, inner), proposal.scales())
 
@@ -275,27 +275,3 @@ def check_minibatch(target: Target, bound: AbstractBound, branches: int) -> None
                 "which takes it row by row, or the whole data",
             )
         )
-
-
-def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound, key: Key) -> Float[Array, ""]:
-    """One estimate of the bound, for evaluation only."""
-    k_rows, k_draws = jax.random.split(key)
-    rows = target.minibatch(k_rows)
-    local = proposal.gather(rows)
-    parts = split(local, target, bound)
-    check_minibatch(target, bound, local.branches)
-    if parts is not None:
-        shared, k_draws = jax.random.split(k_draws)
-
-    def one(k: Key, branch: Array) -> PyTree:
-        k_draw, k_inner = jax.random.split(k)
-        if parts is None:
-            z, context = local.propose(k_draw, branch)
-            return target.log_joint(z, rows) - _total(local, z, context, k_inner, bound.inner)
-        z, context = parts.propose(shared, k_draw, branch)
-        return parts.weights(target, target.terms(z, rows), parts.proposal.log_q(z, context, k_inner, bound.inner))
-
-    keys = jax.random.split(k_draws, (bound.draws, local.branches))
-    log_w = jax.tree.map(lambda x: x[None], jax.vmap(jax.vmap(one), (0, None))(keys, jnp.arange(local.branches)))
-    value = bound.value if parts is None else parts.of(bound)
-    return value(log_w, local.log_weights())[0]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,10 +18,11 @@ from hivi._bounds import AbstractBound
 from hivi._compile import compiled, effort_for
 from hivi._errors import FitError, LoadError, message, require_count
 from hivi._estimators.cost import effort_of
-from hivi._estimators.surrogate import log_weights
+from hivi._estimators.evaluation import log_weights
 from hivi._families.base import AbstractProposal
 from hivi._families.product import build_proposal
 from hivi._fit import store
+from hivi._fit.pointwise import Estimate, Pointwise, pointwise
 from hivi._fit.rowwise import streamed_bounds
 from hivi._fit.unseen import at_rows
 from hivi._space import Latents, Plate, Site, constrain
@@ -32,16 +33,6 @@ BATCH = 64
 """Draws evaluated at once."""
 PER_PARAMETER = 10
 """Elementary operations of a draw from q, for each of its parameters."""
-
-
-class Estimate(NamedTuple):
-    """A Monte Carlo estimate: mean and standard error, in nats."""
-
-    mean: float
-    stderr: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} ± {self.stderr:.4f}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,22 +103,49 @@ class Fit:
         if not isinstance(bound, AbstractBound | None):
             cure = "for example hivi.ImportanceWeighted(64), with its ()"
             raise FitError(message("Fit.elbo(bound=...)", repr(bound), "a bound", cure))
-        if self.target is None:
-            raise FitError(
-                message("Fit.elbo", "a run loaded without its target", "the target", "hivi.load(folder, target=target)")
-            )
-        source = self.target.source
+        target = self._required("Fit.elbo")
+        source = target.source
         samples = samples if samples is not None else (4096 if source is None else 8)
         require_count("Fit.elbo(samples=...)", samples, "ask for so many draws", 2, FitError)
         samples = int(samples)
         if source is None:
-            arguments = self.proposal, self.target, bound or self.bound, key
+            arguments = self.proposal, target, bound or self.bound, key
             effort = effort_of(log_weights, *arguments, steps=samples)
             values = np.asarray(_bound_values.at(effort)(*arguments, samples), float)
         else:
             closed = [n for n, s in self.strategies.items() if s.startswith("Expectation")]
-            values = streamed_bounds(self.target, self.proposal, closed, key, samples, bound or self.bound)
+            values = streamed_bounds(target, self.proposal, closed, key, samples, bound or self.bound)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
+
+    def pointwise(self, key: Key, plate: str, *, draws: int = 1, samples: int = 256) -> Pointwise:
+        """The bound taken apart by the rows of a plate with latents: how well each document, digit or group is explained.
+
+        With more draws, each row's share is a multi-sample bound of its own (`ImportanceWeighted(draws, plate=plate)`). In
+        minibatches all rows are visited, a minibatch at a time.
+
+        Args:
+            key: a JAX random key.
+            plate: name of the plate.
+            draws: of the row's latents, for each estimate.
+            samples: number of independent estimates, at least 2.
+
+        Returns:
+            `rows` (samples, rows) and `rest` (samples,) in nats, with `mean()`, `stderr()` and `total()`.
+
+        Raises:
+            FitError: no latents in the plate, terms that several rows share, another plate in minibatches, no target.
+        """
+        check_key("Fit.pointwise", key)
+        require_count("Fit.pointwise(draws=...)", draws, "ask for so many draws", 1, FitError)
+        require_count("Fit.pointwise(samples=...)", samples, "ask for so many estimates", 2, FitError)
+        target = self._required("Fit.pointwise")
+        return pointwise(self.proposal, target, plate, int(draws), key, int(samples))
+
+    def _required(self, where: str) -> Target:
+        if self.target is None:
+            cure = "hivi.load(folder, target=target)"
+            raise FitError(message(where, "a run loaded without its target", "the target", cure))
+        return self.target
 
     def sample(self, key: Key, samples: int = 1000) -> dict[str, Array]:
         """Draws from q(z), in the model's own (constrained) space.
