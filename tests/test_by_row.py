@@ -283,7 +283,7 @@ def test_rows_that_data_look_up():
     x = jnp.array([1.0, -1.0, 2.5, 2.2, -0.5, 0.8, -1.2])
     on = hivi.from_numpyro(effects, x)
     proposal = perturbed(build_proposal(hivi.MeanField(), on.sites, jax.random.key(0)), jax.random.key(1))
-    parts = split(proposal, on, hivi.ImportanceWeighted(3, plate="groups"))
+    parts = split(proposal, on, "groups")
     z, context = parts.propose(jax.random.key(2), jax.random.key(3), 0)
     found = parts.weights(on, on.terms(z), parts.proposal.log_q(z, context, jax.random.key(4)))
     q = log_q_of_sites(proposal, z)
@@ -334,7 +334,7 @@ def coupled(x: Array) -> None:
 
 
 def test_refusals():
-    with pytest.raises(hivi.FitError, match=r"plate 'row' of ImportanceWeighted.*did you mean 'rows'"):
+    with pytest.raises(hivi.FitError, match=r"plate 'row' of a bound by rows.*did you mean 'rows'"):
         fitted(target(), bound=hivi.ImportanceWeighted(2, plate="row"))
     with pytest.raises(hivi.FitError, match=r"term 'r.*several rows of the plate 'rows'"):
         fitted(hivi.from_numpyro(model, X, False), hivi.Hierarchical(prior=hivi.FullRank()))

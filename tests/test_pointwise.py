@@ -52,11 +52,16 @@ def test_rows_have_their_own_evidence(batch):
     assert found.total().mean == pytest.approx(float(log_evidence().sum()), abs=5e-3)
 
 
-@pytest.mark.parametrize("batch", [None, 3])
-def test_rows_and_rest_add_up_to_the_bound(batch):
+@pytest.mark.parametrize(
+    ("batch", "family"),
+    [(None, hivi.MeanField()), (3, hivi.MeanField()), (3, hivi.Mixture(2, equal=True))],
+    ids=["whole", "minibatch", "mixture"],
+)
+def test_rows_and_rest_add_up_to_the_bound(batch, family):
+    """Of a mixture, too, whose ELBO has its components outside the logarithm."""
     target = hivi.from_numpyro(pairs, jnp.asarray(Y), subsample=batch and {"rows": batch})
-    fit = hivi.fit(target, hivi.MeanField(), steps=200, **QUICK)
-    one, many = (fit.pointwise(jax.random.key(1), "rows", draws=d, samples=3000) for d in (1, 32))
+    fit = hivi.fit(target, {"mu": hivi.MeanField(), "z": family}, steps=200, **QUICK)
+    one, many = (fit.pointwise(jax.random.key(1), "rows", draws=d, samples=3000) for d in (None, 32))
     assert one.rest.std() > 0.01
     for found, bound in ((one, hivi.Elbo()), (many, hivi.ImportanceWeighted(32, plate="rows"))):
         whole, total = fit.elbo(jax.random.key(2), 3000, bound), found.total()

@@ -150,20 +150,20 @@ class Split(NamedTuple):
         )
 
 
-def split(proposal: AbstractProposal, target: Target, bound: AbstractBound) -> Split | None:
-    """The parts of a minibatch's proposal for a bound that is taken row by row; None for the other bounds.
+def split(proposal: AbstractProposal, target: Target, plate: str | None) -> Split | None:
+    """The parts of a minibatch's proposal for a bound that is taken row by row of a plate; None for the other bounds.
 
     Raises:
         FitError: a plate without latent sites, a streamed target, or a mixture outside the plate.
         FamilyError: a family that fits the plate's sites jointly with others.
     """
-    if bound.plate is None:
+    if plate is None:
         return None
-    where = f"plate {bound.plate!r} of ImportanceWeighted"
-    rows = {s.name: axis for s in target.sites for name, axis in s.plates if name == bound.plate}
+    where = f"plate {plate!r} of a bound by rows"
+    rows = {s.name: axis for s in target.sites for name, axis in s.plates if name == plate}
     known = sorted({name for s in target.sites for name, _ in s.plates})
     if not rows:
-        cure = nearest(bound.plate, known, "name a plate of the model that has latents, or leave it out")
+        cure = nearest(plate, known, "name a plate of the model that has latents, or leave it out")
         expected = f"one of the plates {known}" if known else "a plate that has latents, and the model has none"
         raise FitError(message(where, "no latent site in it", expected, cure))
     if target.source is not None:
@@ -176,5 +176,5 @@ def split(proposal: AbstractProposal, target: Target, bound: AbstractBound) -> S
         raise FitError(message(f"site {name!r}", found, expected, "use MeanField() or Flow() for it, or hivi.Elbo()"))
     parts = (inside,) if outside is None else (outside, inside)
     size = target.site(next(iter(rows))).batch_shape[next(iter(rows.values()))]
-    plate = next((p for p in target.plates if p.name == bound.plate), Plate(bound.plate, size, size))
-    return Split(ProductProposal(tuple(s for p in parts for s in p.sites), parts), plate, rows)
+    own = next((p for p in target.plates if p.name == plate), Plate(plate, size, size))
+    return Split(ProductProposal(tuple(s for p in parts for s in p.sites), parts), own, rows)

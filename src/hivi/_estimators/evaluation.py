@@ -35,9 +35,9 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
     local = proposal.gather(rows)
     if bound.plate is not None:
         shared, k_draws = jax.random.split(k_draws)
-        found = row_bounds(proposal, target, bound, (shared, k_draws), rows)
-        plate = next((p.scale for p in target.plates if p.name == bound.plate), 1.0)
-        return found.rest + plate * jnp.sum(found.rows)
+        found = row_bounds(proposal, target, bound, bound.plate, (shared, k_draws), rows)
+        scale = next((p.scale for p in target.plates if p.name == bound.plate), 1.0)
+        return found.rest + scale * jnp.sum(found.rows)
     check_minibatch(target, bound, local.branches)
 
     def one(k: Key, branch: Array) -> Array:
@@ -51,13 +51,12 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
 
 
 def row_bounds(
-    proposal: AbstractProposal, target: Target, bound: AbstractBound, keys: tuple[Key, Key], rows: Rows
+    proposal: AbstractProposal, target: Target, bound: AbstractBound, plate: str, keys: tuple[Key, Key], rows: Rows
 ) -> RowBounds:
-    """The bound of each of these rows, by a key of what lies outside the plate and one of what lies inside."""
+    """The bound of each of these rows of a plate, by a key of what lies outside it and one of what lies inside."""
     local = proposal.gather(rows)
-    parts = split(local, target, bound)
+    parts = split(local, target, plate)
     assert parts is not None
-    check_minibatch(target, bound, local.branches)
     shared, own = keys
 
     def one(k: Key, branch: Array) -> RowWeights:

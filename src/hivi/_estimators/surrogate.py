@@ -82,7 +82,7 @@ def estimate(
     if closed:
         local = local.expecting(tuple(closed), plug_in=any(s.plug_in for s in closed.values()))
     branches, log_pi = local.branches, local.log_weights()
-    parts = split(local, target, bound)
+    parts = split(local, target, bound.plate)
     check_minibatch(target, bound, branches)
     common = None
     if parts is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from hivi._bounds import ImportanceWeighted
+from hivi._bounds import AbstractBound, Elbo, ImportanceWeighted
 from hivi._compile import compiled
 from hivi._errors import FitError, message
 from hivi._estimators.evaluation import RowBounds, row_bounds
@@ -58,7 +58,9 @@ class Pointwise(NamedTuple):
         return Estimate(float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each))))
 
 
-def pointwise(proposal: AbstractProposal, target: Target, plate: str, draws: int, key: Key, samples: int) -> Pointwise:
+def pointwise(
+    proposal: AbstractProposal, target: Target, plate: str, draws: int | None, key: Key, samples: int
+) -> Pointwise:
     """Estimates for every row, a minibatch at a time; what lies outside the plate is drawn alike for all of them.
 
     Raises:
@@ -75,14 +77,14 @@ def pointwise(proposal: AbstractProposal, target: Target, plate: str, draws: int
             )
         )
     own = next((p for p in target.plates if p.name == plate), None)
-    bound = ImportanceWeighted(draws, plate=plate)
+    bound = Elbo() if draws is None else ImportanceWeighted(draws)
     if own is None:
-        found = _block(proposal, target, bound, key, {}, jnp.asarray(0), samples)
+        found = _block(proposal, target, bound, plate, key, {}, jnp.asarray(0), samples)
         return Pointwise(np.asarray(found.rows, float), np.asarray(found.rest, float))
     whole, parts = {p.name: jnp.arange(p.batch) for p in target.plates}, []
     for number, start in enumerate(range(0, own.size, own.batch)):
         taken = jnp.asarray((start + np.arange(own.batch)) % own.size)
-        parts.append(_block(proposal, target, bound, key, {**whole, plate: taken}, jnp.asarray(number), samples))
+        parts.append(_block(proposal, target, bound, plate, key, {**whole, plate: taken}, jnp.asarray(number), samples))
     rows = np.concatenate([np.asarray(p.rows, float) for p in parts], 1)
     return Pointwise(rows[:, : own.size], np.asarray(parts[0].rest, float))
 
@@ -91,7 +93,8 @@ def pointwise(proposal: AbstractProposal, target: Target, plate: str, draws: int
 def _block(
     proposal: AbstractProposal,
     target: Target,
-    bound: ImportanceWeighted,
+    bound: AbstractBound,
+    plate: str,
     key: Key,
     rows: Rows,
     number: Array,
@@ -99,6 +102,6 @@ def _block(
 ) -> RowBounds:
     def one(k: Key) -> RowBounds:
         shared, inside = jax.random.split(k)
-        return row_bounds(proposal, target, bound, (shared, jax.random.fold_in(inside, number)), rows)
+        return row_bounds(proposal, target, bound, plate, (shared, jax.random.fold_in(inside, number)), rows)
 
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)

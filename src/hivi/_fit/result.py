@@ -117,16 +117,16 @@ class Fit:
             values = streamed_bounds(target, self.proposal, closed, key, samples, bound or self.bound)
         return Estimate(float(values.mean()), float(values.std(ddof=1) / np.sqrt(samples)))
 
-    def pointwise(self, key: Key, plate: str, *, draws: int = 1, samples: int = 256) -> Pointwise:
-        """The bound taken apart by the rows of a plate with latents: how well each document, digit or group is explained.
+    def pointwise(self, key: Key, plate: str, *, draws: int | None = None, samples: int = 256) -> Pointwise:
+        """The ELBO taken apart by the rows of a plate with latents: how well each document, digit or group is explained.
 
-        With more draws, each row's share is a multi-sample bound of its own (`ImportanceWeighted(draws, plate=plate)`). In
+        With draws, each row's share is a multi-sample bound of its own, `ImportanceWeighted(draws, plate=plate)`. In
         minibatches all rows are visited, a minibatch at a time.
 
         Args:
             key: a JAX random key.
             plate: name of the plate.
-            draws: of the row's latents, for each estimate.
+            draws: of the row's latents, for each estimate (of a mixture, of each component); None for the ELBO.
             samples: number of independent estimates, at least 2.
 
         Returns:
@@ -136,10 +136,10 @@ class Fit:
             FitError: no latents in the plate, terms that several rows share, another plate in minibatches, no target.
         """
         check_key("Fit.pointwise", key)
-        require_count("Fit.pointwise(draws=...)", draws, "ask for so many draws", 1, FitError)
+        require_count("Fit.pointwise(draws=...)", 1 if draws is None else draws, "ask for so many draws", 1, FitError)
         require_count("Fit.pointwise(samples=...)", samples, "ask for so many estimates", 2, FitError)
         target = self._required("Fit.pointwise")
-        return pointwise(self.proposal, target, plate, int(draws), key, int(samples))
+        return pointwise(self.proposal, target, plate, draws, key, int(samples))
 
     def _required(self, where: str) -> Target:
         if self.target is None:
