@@ -17,6 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from common import RESULTS, write  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from noise import PLAIN, seconds  # noqa: E402
 from numpyro.distributions import constraints  # noqa: E402
 
 import hivi  # noqa: E402
@@ -108,17 +109,16 @@ def factors(axes: Axes) -> None:
     """The noise table as a picture: factors below the score function, by problem."""
     path = RESULTS / "discrete_noise.json"
     rows = json.loads(path.read_text())
-    plain = "score, leave-one-out"
     problems = sorted({k.split("|")[0] for k in rows})
     marks = {"DisARM": "o", "double control variates": "s", "local expectation": "^", "local expectation, coupled": "v",
-             "difference": "D"}  # fmt: skip
+             "factor expectation": "P", "difference": "D"}  # fmt: skip
     for label, mark in marks.items():
         at, heights = [], []
         for number, name in enumerate(problems):
             both = [
-                (a["product"], b["product"])
+                (a["product"], b["variance"] * seconds(b, a))
                 for s in range(5)
-                if "product" in (a := rows.get(f"{name}|mean-field|{plain}|{s}", {}))
+                if "product" in (a := rows.get(f"{name}|mean-field|{PLAIN}|{s}", {}))
                 and "product" in (b := rows.get(f"{name}|mean-field|{label}|{s}", {}))
             ]
             if both:
