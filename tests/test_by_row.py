@@ -334,7 +334,7 @@ def coupled(x: Array) -> None:
 
 
 def test_refusals():
-    with pytest.raises(hivi.FitError, match=r"plate 'row' of a bound by rows.*did you mean 'rows'"):
+    with pytest.raises(hivi.FitError, match=r"plate 'row' of ImportanceWeighted.*did you mean 'rows'"):
         fitted(target(), bound=hivi.ImportanceWeighted(2, plate="row"))
     with pytest.raises(hivi.FitError, match=r"term 'r.*several rows of the plate 'rows'"):
         fitted(hivi.from_numpyro(model, X, False), hivi.Hierarchical(prior=hivi.FullRank()))

@@ -19,7 +19,7 @@ from numpyro.distributions import constraints
 import hivi
 from cases import BOUNDS, TARGETS, built
 from hivi._estimators.base import Evaluation, Part
-from hivi._estimators.factor_expectation import cover
+from hivi._estimators.factor_expectation import _group
 from hivi._estimators.measured import Setting, moments
 from hivi._factored import factorise
 from hivi._locality.covering import _cover, covering, touched
@@ -70,11 +70,20 @@ GROUPS = {
     "all triples of 7": (7, 2, list(itertools.combinations(range(7), 3))),
     "of different sizes": (6, 3, [(0,), (0, 1), (1, 2, 3), (2, 3), (4, 5)]),
 }
+ROWS = {
+    "pair": 4,
+    "ring of three, three values": 10,
+    "all pairs of 20": 11,
+    "all triples of 7": 16,
+    "of different sizes": 27,
+}
 
 
-@pytest.mark.parametrize(("colours", "count", "groups"), GROUPS.values(), ids=GROUPS)
-def test_every_group_sees_all_its_values(colours, count, groups):
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_group_sees_all_its_values(name):
+    colours, count, groups = GROUPS[name]
     rows = _cover(groups, colours, count, 64)
+    assert len(rows) <= ROWS[name]
     assert rows.min() >= 0
     assert rows.max() < count
     for group in groups:
@@ -88,10 +97,10 @@ def test_few_evaluations_serve_large_sites():
         "lattice": spins((16, 16), ring=True), "odd ring": spins((5,), ring=True), "chain": spins((100,)),
     }.items():  # fmt: skip
         site = target.sites[0]
-        found = covering(target.factored.factors, "z", site.shape, 2, 64)
+        found = covering([(target.factored.factors, ())], "z", site.shape, 2, 64)
         sizes[name] = len(found.rows)
         # Each scope's values are counted once: over the rows that show the same, shares add up to one.
-        np.testing.assert_allclose(found.shares.sum(0), 2.0 ** (found.scopes >= 0).sum(1))
+        np.testing.assert_allclose((1 / found.times).sum(0), 2.0 ** (found.scopes >= 0).sum(1))
     assert sizes == {"lattice": 4, "odd ring": 4, "chain": 4}
 
 
@@ -132,7 +141,7 @@ def test_gradient_has_the_right_mean(target, family, bound, x64):
 def test_factors_that_touch_all_get_their_local_expectation(family, x64):
     problem = spins((6,), field=True)
     strategies = {"z": hivi.FactorExpectation(states=8)}
-    found = covering(problem.factored.factors, "z", (6,), 2, 8)
+    found = covering([(problem.factored.factors, ())], "z", (6,), 2, 8)
     assert sum(o is None for o in found.owners) == 1
     assert_agrees(means(problem, built(family, problem), strategies, BOUNDS["elbo"], 1))
 
@@ -167,16 +176,17 @@ def test_mean_field_has_no_noise_and_the_gradient_of_all_states(make):
     assert float(variance.sum()) < 1e-4 * float(gradients(target, hivi.LocalExpectation())[1].sum())
 
 
+def pairs(y: Any) -> None:
+    """Two coupled units a row."""
+    with numpyro.plate("rows", len(y)):
+        a = numpyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(a[:, 0] * (1 + a[:, 1]), 1.0), obs=y)
+
+
 def test_rows_in_minibatches():
-    """Two coupled units a row: their sums are over four joint values, at the plate's scale."""
-
-    def model(y: Any) -> None:
-        with numpyro.plate("rows", len(y)):
-            a = numpyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))
-            numpyro.sample("y", dist.Normal(a[:, 0] * (1 + a[:, 1]), 1.0), obs=y)
-
+    """Their sums are over four joint values, at the plate's scale."""
     y = jnp.asarray(np.random.default_rng(1).normal(size=6), jnp.float32)
-    whole, parts = hivi.from_numpyro(model, y), hivi.from_numpyro(model, y, subsample={"rows": 2})
+    whole, parts = hivi.from_numpyro(pairs, y), hivi.from_numpyro(pairs, y, subsample={"rows": 2})
     exact, noise = gradients(whole, hivi.FactorExpectation())
     assert float(noise.sum()) < 1e-8
     family = built("mean-field", parts)
@@ -196,15 +206,30 @@ def test_impossible_values_of_no_weight_are_no_obstacle():
     np.testing.assert_allclose(gradient, [0.0, share * (1 - share) * (jnp.log(0.8 / 0.2) - 0.3)], atol=1e-6)
 
 
+def test_auto_takes_it_where_it_is_right():
+    """At mean-field under the ELBO, and nowhere where sums over parts of the log-weight would be biased."""
+    target, strategy = spins((6, 6)), hivi.FactorExpectation()
+    flat, mixed = built("mean-field", target), built("mixture", target)
+    bounds = (hivi.Elbo(), hivi.ImportanceWeighted(1), hivi.ImportanceWeighted(4))
+    found = [hivi.Auto().resolve(target, flat, b)["z"] for b in bounds]
+    assert found == [strategy, strategy, hivi.LocalExpectation()]
+    assert hivi.Auto().resolve(target, mixed, hivi.ImportanceWeighted(1))["z"] == hivi.LocalExpectation()
+    wide = spins((5,), field=True)
+    assert hivi.Auto().resolve(wide, built("mean-field", wide), hivi.Elbo())["z"] == hivi.LocalExpectation()
+
+
 def test_what_it_refuses():
     options: dict[str, Any] = {"key": KEY, "steps": 5, "progress": False}
     strategy = hivi.FactorExpectation(states=16)
-    with pytest.raises(hivi.FitError, match=r"'z'.*no factor touches.*LocalExpectation"):
+    with pytest.raises(hivi.FitError, match=r"'z'.*can cover no factor.*states=32.*LocalExpectation"):
         hivi.fit(table_of(5), hivi.MeanField(), estimator=strategy, **options)
     with pytest.raises(hivi.FitError, match=r"'z'.*linear"):
         hivi.fit(
             TARGETS["chain"](), hivi.MeanField(), estimator=strategy, bound=hivi.ImportanceWeighted(outer=3), **options
         )
+    rows = hivi.from_numpyro(pairs, jnp.zeros(4))
+    with pytest.raises(hivi.FitError, match=r"'z'.*row by row"):
+        hivi.fit(rows, hivi.MeanField(), estimator=strategy, bound=hivi.ImportanceWeighted(1, plate="rows"), **options)
     with pytest.raises(hivi.FitError, match=r"'z'.*no table"):
         hivi.fit(TARGETS["counts"](), hivi.MeanField(), estimator=strategy, **options)
     with pytest.raises(hivi.FitError, match=r"FactorExpectation\(states=...\).*at least 4"):
@@ -227,7 +252,7 @@ def test_closed_forms_of_differences_stay_apart():
     for overrides in ({}, {("ends", "z"): closed}):
         factored = factorise(log_p, z, overrides=overrides)
         part = Part(1.0, factored, factored.terms(z), ((None, z),))
-        parts.append((cover(64, "z", (4,), 2, [part]), Evaluation(z, (part,))))
+        parts.append((covering([_group(part, "z")], "z", (4,), 2, 64), Evaluation(z, (part,))))
     (whole, plain), (found, own) = parts
     assert [o is None for o in whole.owners] == [False, False]
     assert [o is None for o in found.owners] == [False, True]

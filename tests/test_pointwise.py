@@ -71,6 +71,26 @@ def test_rows_and_rest_add_up_to_the_bound(batch, family):
     assert np.any(many.mean() > one.mean() + 4.5 * error)
 
 
+def beside(y: Any, w: Any) -> None:
+    """Data in the plate that touch no latent of their row."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("rows", len(y)):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(2.0 * z + mu, 1.0), obs=y)
+        numpyro.sample("w", dist.Normal(mu, 1.0), obs=w)
+
+
+def test_data_that_touch_no_row_are_all_counted():
+    y, w = jnp.asarray(Y[:6]), jnp.array([0.0, 0.0, 0.0, 3.0, 3.0, 3.0])
+    target = hivi.from_numpyro(beside, y, w, subsample={"rows": 3})
+    fit = hivi.fit(target, hivi.MeanField(), steps=300, **QUICK)
+    found, whole = fit.pointwise(jax.random.key(1), "rows", samples=2000).total(), fit.elbo(jax.random.key(2), 4000)
+    assert abs(found.mean - whole.mean) < 4.5 * np.hypot(found.stderr, whole.stderr)
+    uneven = hivi.from_numpyro(beside, y, w, subsample={"rows": 4})
+    with pytest.raises(hivi.FitError, match=r"plate 'rows'.*6 rows of which some terms touch no latent.*subsample"):
+        hivi.fit(uneven, hivi.MeanField(), steps=5, **QUICK).pointwise(KEY, "rows", samples=4)
+
+
 def test_what_it_refuses(tmp_path):
     def crossed(y: Any) -> None:
         with numpyro.plate("columns", 4), numpyro.plate("rows", 6):
@@ -78,7 +98,7 @@ def test_what_it_refuses(tmp_path):
             numpyro.sample("y", dist.Normal(2.0 * z, 1.0), obs=y)
 
     fit = hivi.fit(hivi.from_numpyro(mixture, jnp.asarray(Y)), hivi.MeanField(), steps=5, **QUICK)
-    with pytest.raises(hivi.FitError, match=r"plate 'row'.*'rows'"):
+    with pytest.raises(hivi.FitError, match=r"plate 'row' of Fit.pointwise.*'rows'"):
         fit.pointwise(KEY, "row")
     with pytest.raises(hivi.FitError, match=r"Fit.pointwise\(draws=...\).*at least 1"):
         fit.pointwise(KEY, "rows", draws=0)
@@ -92,3 +112,5 @@ def test_what_it_refuses(tmp_path):
     with pytest.raises(hivi.FitError, match=r"subsampled plate 'columns'.*Fit.pointwise of the plate 'rows'"):
         columns.pointwise(KEY, "rows")
     assert columns.pointwise(KEY, "columns", samples=2).rows.shape == (2, 4)
+    with pytest.raises(hivi.FitError, match=r"subsampled plate 'columns'"):
+        columns.elbo(KEY, 2, bound=hivi.ImportanceWeighted(2, plate="rows"))

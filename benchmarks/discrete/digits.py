@@ -48,7 +48,7 @@ OPTIONS: dict[str, Any] = {
 
 
 class Setting(NamedTuple):
-    """How a family learns: the units' q, its draws, the weights' q, their prior's width, fits; the units' q in held-out digits."""
+    """How a family learns: the units' q, its draws, the weights' q, their prior's width, how many fits; q of held-out units."""
 
     family: hivi.MeanField | hivi.Mixture
     outer: int

@@ -15,7 +15,7 @@ from hivi._estimators.base import AbstractEstimator, AbstractStrategy, abstract_
 from hivi._estimators.cost import operations
 from hivi._estimators.differences import Difference, LocalExpectation
 from hivi._estimators.enumeration import Enumeration
-from hivi._estimators.exact import Programs, covered, site_colours, site_programs
+from hivi._estimators.exact import Programs, noiseless, site_colours, site_programs
 from hivi._estimators.expectation import Expectation
 from hivi._estimators.factor_expectation import FactorExpectation
 from hivi._estimators.hierarchical_score import HierarchicalScore
@@ -94,6 +94,7 @@ class Auto(AbstractEstimator):
                 palette.get(s.name, 1),
                 target,
                 programs.get(s.name) if s.name in fixed else None,
+                bound.linear(proposal.branches),
             )
             if s.discrete
             else _continuous(s, proposal, bound)
@@ -104,7 +105,13 @@ class Auto(AbstractEstimator):
         ]
 
     def _choose(
-        self, site: Site, conditional: Conditional | None, count: int, target: Target, programs: Programs | None
+        self,
+        site: Site,
+        conditional: Conditional | None,
+        count: int,
+        target: Target,
+        programs: Programs | None,
+        linear: bool,
     ) -> Choice:
         """`count` is its colours; `programs` its factors, where its lambda is not random, so that sums leave no noise."""
         plural = f"{count} colour{'s' * (count != 1)}"
@@ -124,7 +131,7 @@ class Auto(AbstractEstimator):
         if cost > self.budget and not short:
             return Choice(site.name, Score(), 1, f"exact would cost {cost} evaluations ({plural}), over {self.budget}")
         if table and programs is not None and count > 1 and min(self.cheap, self.budget) > 0:
-            summed = self._summed(site, target, programs)
+            summed = self._summed(site, target, programs, linear)
             if summed is not None:
                 return summed
         if table:
@@ -132,18 +139,19 @@ class Auto(AbstractEstimator):
             return Choice(site.name, LocalExpectation(), cost, why)
         return Choice(site.name, Difference(), cost, f"{site.values.kind}: difference identity, {plural}")
 
-    def _summed(self, site: Site, target: Target, programs: Programs) -> Choice | None:
-        """A sum over joint values that leaves no noise, if it is cheap."""
+    def _summed(self, site: Site, target: Target, programs: Programs, linear: bool) -> Choice | None:
+        """A sum over joint values that leaves no noise, if it is cheap; `linear`: so is the bound in the log-weight."""
         most, each = min(self.cheap, self.budget), _evaluation(target)
         few = site.local is None and math.prod(site.batch_shape) <= most
         joint = site.values.count ** math.prod(site.batch_shape) if few else math.inf
         if joint <= most and joint * each <= self.work:
             return Choice(site.name, Enumeration(), int(joint), f"all its {joint} joint values summed")
-        rows = covered(most, site, programs) if 4 * each <= self.work else None
-        if rows is None or rows * each > self.work:
+        factors = FactorExpectation()
+        rows = noiseless(factors, site, programs) if linear and 4 * each <= self.work else None
+        if rows is None or rows > most or rows * each > self.work:
             return None
         why = f"{rows} evaluations show every factor all joint values of what it touches"
-        return Choice(site.name, FactorExpectation(), rows, why)
+        return Choice(site.name, factors, rows, why)
 
     def resolve(self, target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, AbstractStrategy]:
         return {c.site: c.strategy for c in self.choose(target, proposal, bound)}

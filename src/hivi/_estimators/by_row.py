@@ -43,11 +43,13 @@ class Split(NamedTuple):
         proposal: their product, the part outside first where there is one.
         plate: the plate.
         rows: site inside -> its axis of rows.
+        instead: in words, what to use where rows cannot be told apart.
     """
 
     proposal: ProductProposal
     plate: Plate
     rows: Mapping[str, int]
+    instead: str = "Elbo(), ImportanceWeighted()"
 
     def propose(self, shared: Key | None, key: Key, branch: Array | int) -> tuple[Latents, PyTree]:
         """A draw: of the sites outside by the key that all draws share."""
@@ -145,13 +147,13 @@ class Split(NamedTuple):
 
     def _coupled(self, where: str, expected: str, cure: str) -> str:
         found = f"several rows of the plate {self.plate.name!r} in one number"
-        return message(
-            where, found, expected, cure + "; or use a bound of all rows together: Elbo(), ImportanceWeighted()"
-        )
+        return message(where, found, expected, f"{cure}; or use a bound of all rows together: {self.instead}")
 
 
-def split(proposal: AbstractProposal, target: Target, plate: str | None) -> Split | None:
+def split(proposal: AbstractProposal, target: Target, plate: str | None, caller: str = "") -> Split | None:
     """The parts of a minibatch's proposal for a bound that is taken row by row of a plate; None for the other bounds.
+
+    `caller` is the method that asks, where it is no bound of a fit.
 
     Raises:
         FitError: a plate without latent sites, a streamed target, or a mixture outside the plate.
@@ -159,7 +161,8 @@ def split(proposal: AbstractProposal, target: Target, plate: str | None) -> Spli
     """
     if plate is None:
         return None
-    where = f"plate {plate!r} of a bound by rows"
+    where = f"plate {plate!r} of {caller or 'ImportanceWeighted'}"
+    instead = "Fit.elbo" if caller else "hivi.Elbo()"
     rows = {s.name: axis for s in target.sites for name, axis in s.plates if name == plate}
     known = sorted({name for s in target.sites for name, _ in s.plates})
     if not rows:
@@ -167,14 +170,19 @@ def split(proposal: AbstractProposal, target: Target, plate: str | None) -> Spli
         expected = f"one of the plates {known}" if known else "a plate that has latents, and the model has none"
         raise FitError(message(where, "no latent site in it", expected, cure))
     if target.source is not None:
-        raise FitError(message(where, "a streamed target", "all data in memory", "use hivi.Elbo()"))
+        raise FitError(message(where, "a streamed target", "all data in memory", f"use {instead}"))
     outside, inside = proposal.divided(frozenset(rows))
     assert inside is not None
     if outside is not None and outside.branches > 1:
         name = outside.sites[0].name
         found, expected = f"a mixture ({outside.branches} branches) outside the plate", "one component there"
-        raise FitError(message(f"site {name!r}", found, expected, "use MeanField() or Flow() for it, or hivi.Elbo()"))
+        raise FitError(message(f"site {name!r}", found, expected, f"use MeanField() or Flow() for it, or {instead}"))
     parts = (inside,) if outside is None else (outside, inside)
     size = target.site(next(iter(rows))).batch_shape[next(iter(rows.values()))]
     own = next((p for p in target.plates if p.name == plate), Plate(plate, size, size))
-    return Split(ProductProposal(tuple(s for p in parts for s in p.sites), parts), own, rows)
+    return Split(
+        ProductProposal(tuple(s for p in parts for s in p.sites), parts),
+        own,
+        rows,
+        instead if caller else "Elbo(), ImportanceWeighted()",
+    )

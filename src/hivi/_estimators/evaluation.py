@@ -33,12 +33,12 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
     k_rows, k_draws = jax.random.split(key)
     rows = target.minibatch(k_rows)
     local = proposal.gather(rows)
+    check_minibatch(target, bound, local.branches)
     if bound.plate is not None:
         shared, k_draws = jax.random.split(k_draws)
         found = row_bounds(proposal, target, bound, bound.plate, (shared, k_draws), rows)
         scale = next((p.scale for p in target.plates if p.name == bound.plate), 1.0)
         return found.rest + scale * jnp.sum(found.rows)
-    check_minibatch(target, bound, local.branches)
 
     def one(k: Key, branch: Array) -> Array:
         k_draw, k_inner = jax.random.split(k)
@@ -51,11 +51,17 @@ def log_weights(proposal: AbstractProposal, target: Target, bound: AbstractBound
 
 
 def row_bounds(
-    proposal: AbstractProposal, target: Target, bound: AbstractBound, plate: str, keys: tuple[Key, Key], rows: Rows
+    proposal: AbstractProposal,
+    target: Target,
+    bound: AbstractBound,
+    plate: str,
+    keys: tuple[Key, Key],
+    rows: Rows,
+    caller: str = "",
 ) -> RowBounds:
     """The bound of each of these rows of a plate, by a key of what lies outside it and one of what lies inside."""
     local = proposal.gather(rows)
-    parts = split(local, target, plate)
+    parts = split(local, target, plate, caller)
     assert parts is not None
     shared, own = keys
 

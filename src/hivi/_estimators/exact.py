@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hivi._bounds import AbstractBound
+from hivi._estimators.factor_expectation import FactorExpectation
 from hivi._factored import Program, factorise
 from hivi._families.base import AbstractProposal
 from hivi._locality.colour import colours
@@ -18,7 +19,7 @@ from hivi._space import Site
 from hivi._target.base import Target
 
 Programs = list[tuple[Program, set[str]]]
-"""The factors of log p and of log q, each with the names of the terms whose differences have a closed form."""
+"""Of log p and of log q, each with the names of the terms whose differences have a closed form."""
 
 
 def site_programs(target: Target, proposal: AbstractProposal, bound: AbstractBound) -> dict[str, Programs]:
@@ -56,13 +57,11 @@ def site_colours(target: Target, programs: dict[str, Programs]) -> dict[str, int
     return out
 
 
-def covered(most: int, site: Site, programs: Programs) -> int | None:
-    """Evaluations of `FactorExpectation`, None where it would leave noise or need more than `most`."""
-    factors = tuple(f for program, _ in programs for f in program.factors)
-    names = {name for _, closed in programs for name in closed}
-    if any(f.name in names and f.maps(site.name) for f in factors):
-        return None
-    found = covering(factors, site.name, site.batch_shape, site.values.count, most)
+def noiseless(strategy: FactorExpectation, site: Site, programs: Programs) -> int | None:
+    """Evaluations of a strategy that covers all factors of a site, None where it would leave some to local expectations."""
+    groups = [(program.factors, closed) for program, closed in programs]
+    found = covering(groups, site.name, site.batch_shape, site.values.count, strategy.states)
+    factors = [f for some, _ in groups for f in some]
     if found is None or any(f.maps(site.name) and o is None for f, o in zip(factors, found.owners, strict=True)):
         return None
     return len(found.rows)

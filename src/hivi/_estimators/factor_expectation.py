@@ -14,8 +14,7 @@ from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message, require_count
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment, Part
 from hivi._families.base import AbstractProposal, Conditional
-from hivi._locality.base import Factor
-from hivi._locality.covering import Covering, covering
+from hivi._locality.covering import Covering, Group, covering, narrowest
 from hivi._space import Site
 from hivi._tree import PyTree
 
@@ -32,7 +31,8 @@ class FactorExpectation(AbstractStrategy):
     among which every element sees all of its own (a covering array); a square lattice takes 4, all pairs of 20 spins 11.
     Factors that touch too many coordinates at once get their local expectation.
 
-    Where lambda is not random (mean-field), nothing is drawn of the site at all; given lambda, it is the exact mean over z.
+    Where lambda is not random (mean-field), the draw of the site leaves no noise in the gradient of its lambda; given lambda,
+    the gradient is the exact mean over z.
 
     Args:
         states: the most evaluations; factors that need more get their local expectation.
@@ -67,26 +67,22 @@ class FactorExpectation(AbstractStrategy):
     def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
         if not bound.linear(proposal.branches):
             return "sums over parts of the log-weight serve only a bound that is linear in it"
+        if bound.plate is not None:
+            return "its sums go over all rows at once, and the bound is taken row by row"
         return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         z, rule, lam = evaluation.z[site], conditional.likelihood, conditional.lam
         low, count = rule.support()
-        found = cover(self.states, site, z.shape, count, evaluation.parts)
+        groups = [_group(part, site) for part in evaluation.parts]
+        found = covering(groups, site, z.shape, count, self.states)
         if found is None:
-            raise FitError(
-                message(
-                    f"site {site!r}",
-                    "FactorExpectation(), but no factor touches from two to a few of its coordinates",
-                    f"factors whose joint values need at most {self.states} evaluations",
-                    "use estimator=hivi.LocalExpectation()",
-                )
-            )
+            raise FitError(_too_wide(groups, site, z.shape, count, self.states))
         values = jnp.asarray(found.rows.reshape(-1, *z.shape), z.dtype) + low
         each = jax.vmap(lambda v: rule.log_prob(lam, v))(values).reshape(len(values), -1)
         inside = jnp.asarray(found.scopes >= 0)
         joint = jnp.sum(jnp.where(inside, each[:, np.maximum(found.scopes, 0)], 0.0), -1)
-        weights = jnp.exp(joint) * found.shares
+        weights = jnp.exp(joint) / jnp.asarray(found.times, joint.dtype)
         size = max((f.size for part in evaluation.parts for f in part.terms), default=1)
         change = jax.lax.map(lambda v: _changes(evaluation, site, v, found), values, batch_size=max(1, BATCH // size))
         wide = _wide(evaluation.parts, site, found)
@@ -100,15 +96,21 @@ class FactorExpectation(AbstractStrategy):
         return _added(covered, increment) + (jnp.zeros(()) if wide is None else _added(wide, increment))
 
 
-def cover(most: int, site: str, shape: tuple[int, ...], count: int, parts: Sequence[Part]) -> Covering | None:
-    """The evaluations that all parts share."""
-    factors: list[Factor] = []
-    apart: set[int] = set()
-    for part in parts:
-        closed = {term for term, owner, _ in part.factored.overrides if owner == site}
-        apart |= {len(factors) + k for k, f in enumerate(part.factored.factors) if f.name in closed}
-        factors += part.factored.factors
-    return covering(tuple(factors), site, shape, count, most, frozenset(apart))
+def _group(part: Part, site: str) -> Group:
+    """Factors, and the terms whose differences have a closed form."""
+    return part.factored.factors, {term for term, owner, _ in part.factored.overrides if owner == site}
+
+
+def _too_wide(groups: Sequence[Group], site: str, shape: tuple[int, ...], count: int, most: int) -> str:
+    width = narrowest(groups, site, shape)
+    found = f"FactorExpectation(states={most}), which can cover no factor of two or more of its coordinates"
+    cure = "use hivi.LocalExpectation() for this site, or hivi.Auto()"
+    if width and count**width > most:
+        cure = (
+            f"use FactorExpectation(states={count**width}) for those of {width} coordinates, or hivi.LocalExpectation()"
+        )
+    expected = "factors that touch few coordinates each, and not too many combinations of these"
+    return message(f"site {site!r}", found, expected, cure)
 
 
 def _changes(evaluation: Evaluation, site: str, value: Array, found: Covering) -> Float[Array, " scopes"]:

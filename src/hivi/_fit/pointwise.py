@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from hivi._bounds import AbstractBound, Elbo, ImportanceWeighted
 from hivi._compile import compiled
-from hivi._errors import FitError, message
+from hivi._errors import FitError, message, require_count
 from hivi._estimators.evaluation import RowBounds, row_bounds
 from hivi._families.base import AbstractProposal
 from hivi._target.base import Rows, Target
@@ -19,6 +19,9 @@ from hivi._tree import Key
 
 BATCH = 8
 """Estimates made at once."""
+
+
+CALLER = "Fit.pointwise"
 
 
 class Estimate(NamedTuple):
@@ -37,8 +40,8 @@ class Pointwise(NamedTuple):
     The bound of all is the sum over `rows`, and `rest`.
 
     Attributes:
-        rows: the share of every row: log p - log q of what touches it, (samples, rows).
-        rest: what belongs to no row: latents outside the plate, (samples,).
+        rows: the share of every row, (samples, rows): the terms of log p - log q that touch a latent of it.
+        rest: all other terms, (samples,): latents outside the plate, and data whose term touches no latent of their row.
     """
 
     rows: Float[np.ndarray, "samples rows"]
@@ -59,25 +62,25 @@ class Pointwise(NamedTuple):
 
 
 def pointwise(
-    proposal: AbstractProposal, target: Target, plate: str, draws: int | None, key: Key, samples: int
+    proposal: AbstractProposal, target: Target, inner: int, key: Key, plate: str, draws: int | None, samples: int
 ) -> Pointwise:
     """Estimates for every row, a minibatch at a time; what lies outside the plate is drawn alike for all of them.
 
     Raises:
-        FitError: another plate is subsampled, so that no row's share is known.
+        FitError: rows whose share cannot be told: another plate is subsampled, or some terms of its rows touch no latent.
     """
+    if not isinstance(plate, str):
+        raise FitError(message(f"{CALLER}(plate=...)", repr(plate), "the name of a plate", "pass it as a string"))
+    require_count(f"{CALLER}(draws=...)", 1 if draws is None else draws, "ask for so many draws", 1, FitError)
+    require_count(f"{CALLER}(samples=...)", samples, "ask for so many estimates", 2, FitError)
+    bound = Elbo(inner) if draws is None else ImportanceWeighted(int(draws), inner)
+    samples = int(samples)
     other = [p.name for p in target.plates if p.batch < p.size and p.name != plate]
     if other:
         raise FitError(
-            message(
-                f"subsampled plate {other[0]!r}",
-                f"Fit.pointwise of the plate {plate!r}, whose rows meet its data",
-                "no other plate in minibatches",
-                "make the target again with the whole data, and load the fit with it",
-            )
+            _whole(f"subsampled plate {other[0]!r}", f"{CALLER} of the plate {plate!r}, whose rows meet its data")
         )
     own = next((p for p in target.plates if p.name == plate), None)
-    bound = Elbo() if draws is None else ImportanceWeighted(draws)
     if own is None:
         found = _block(proposal, target, bound, plate, key, {}, jnp.asarray(0), samples)
         return Pointwise(np.asarray(found.rows, float), np.asarray(found.rest, float))
@@ -86,7 +89,19 @@ def pointwise(
         taken = jnp.asarray((start + np.arange(own.batch)) % own.size)
         parts.append(_block(proposal, target, bound, plate, key, {**whole, plate: taken}, jnp.asarray(number), samples))
     rows = np.concatenate([np.asarray(p.rows, float) for p in parts], 1)
-    return Pointwise(rows[:, : own.size], np.asarray(parts[0].rest, float))
+    rest = np.stack([np.asarray(p.rest, float) for p in parts])
+    if own.size % own.batch and not np.allclose(
+        rest, rest[:1], rtol=1e-5, atol=1e-5
+    ):  # the last block holds rows again
+        found = f"{CALLER}, and {own.size} rows of which some terms touch no latent, {own.batch} at a time"
+        raise FitError(_whole(f"plate {plate!r}", found))
+    return Pointwise(rows[:, : own.size], rest.mean(0))
+
+
+def _whole(where: str, found: str) -> str:
+    return message(
+        where, found, "all of the data at once", "make the target again without subsample, and load the fit with it"
+    )
 
 
 @compiled
@@ -102,6 +117,6 @@ def _block(
 ) -> RowBounds:
     def one(k: Key) -> RowBounds:
         shared, inside = jax.random.split(k)
-        return row_bounds(proposal, target, bound, plate, (shared, jax.random.fold_in(inside, number)), rows)
+        return row_bounds(proposal, target, bound, plate, (shared, jax.random.fold_in(inside, number)), rows, CALLER)
 
     return jax.lax.map(one, jax.random.split(key, samples), batch_size=BATCH)

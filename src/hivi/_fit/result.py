@@ -130,16 +130,15 @@ class Fit:
             samples: number of independent estimates, at least 2.
 
         Returns:
-            `rows` (samples, rows) and `rest` (samples,) in nats, with `mean()`, `stderr()` and `total()`.
+            `rows` (samples, rows) and `rest` (samples,) in nats, with `mean()`, `stderr()` and `total()`. Data whose
+            term touches no latent of their row count in `rest`.
 
         Raises:
             FitError: no latents in the plate, terms that several rows share, another plate in minibatches, no target.
         """
         check_key("Fit.pointwise", key)
-        require_count("Fit.pointwise(draws=...)", 1 if draws is None else draws, "ask for so many draws", 1, FitError)
-        require_count("Fit.pointwise(samples=...)", samples, "ask for so many estimates", 2, FitError)
         target = self._required("Fit.pointwise")
-        return pointwise(self.proposal, target, plate, draws, key, int(samples))
+        return pointwise(self.proposal, target, self.bound.inner, key, plate, draws, samples)
 
     def _required(self, where: str) -> Target:
         if self.target is None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from hivi._locality.base import ALL, LIMIT, AxisMap, Factor, Shape, values
 
-LARGEST = 1 << 24
-"""Most joint values of all scopes together."""
+LARGEST = 1 << 22
+"""Most joint values of all scopes together: numbers that each draw holds."""
 SEARCHED = 50_000
 """Most groups of colours, times colours, for which a covering is sought."""
 
@@ -24,19 +24,14 @@ class Covering(NamedTuple):
     Attributes:
         rows: (evaluations, coordinates): the number of the value of every coordinate, from 0.
         scopes: (scopes, width): different sets of coordinates that elements touch, ascending; -1 fills up.
-        shares: (evaluations, scopes): one by the number of evaluations that show a scope the same values.
+        times: (evaluations, scopes): how many evaluations show a scope the same values as this one.
         owners: for each factor, the scope of each of its elements, flat; None where it touches none or too many coordinates.
     """
 
     rows: np.ndarray
     scopes: np.ndarray
-    shares: np.ndarray
+    times: np.ndarray
     owners: tuple[np.ndarray | None, ...]
-
-    @property
-    def joint(self) -> bool:
-        """Whether any scope has more than one coordinate."""
-        return self.scopes.shape[1] > 1
 
 
 def touched(factor: Factor, site: str, shape: Shape, most: int) -> np.ndarray | None:
@@ -68,37 +63,46 @@ def _flat(entries: AxisMap, extent: Shape, shape: Shape) -> np.ndarray:
             own = np.arange(n).reshape([n if j == wide.index(k) else 1 for j in range(len(wide))])
         else:
             line = values(entry, range(len(extent)), extent)
-            own = line.reshape(*line.shape, *(1 for _ in wide))
+            own = line.reshape((*line.shape, *(1 for _ in wide)))
         inside &= (own >= 0) & (own < n)
         flat = flat * n + own
     return np.where(inside, flat, -1)
 
 
-@functools.lru_cache(maxsize=256)
-def covering(
-    factors: tuple[Factor, ...], site: str, shape: Shape, count: int, most: int, apart: frozenset[int] = frozenset()
-) -> Covering | None:
+Group = tuple[Sequence[Factor], Collection[str]]
+"""Factors, and names of terms among them that are left out in any case."""
+
+
+def covering(groups: Sequence[Group], site: str, shape: Shape, count: int, most: int) -> Covering | None:
     """The evaluations that show every narrow element all joint values of the coordinates that it touches.
 
     Elements that touch too many coordinates for `most` evaluations are left out, and all of their factor with them.
 
     Args:
-        factors: the factors.
+        groups: the factors.
         site: name of the site.
         shape: its shape.
         count: how many values each of its coordinates has.
         most: the most evaluations.
-        apart: numbers of factors that are left out in any case.
 
     Returns:
-        None where nothing that touches two coordinates or more can be covered.
+        None where there are factors of two coordinates or more, and none of these can be covered.
     """
+    factors = [f._replace(weight=1.0) for some, _ in groups for f in some]
+    apart = [f.name in names for some, names in groups for f in some]
+    return _covering(tuple(factors), tuple(apart), site, shape, count, most)
+
+
+@functools.lru_cache(maxsize=16)
+def _covering(
+    factors: tuple[Factor, ...], apart: tuple[bool, ...], site: str, shape: Shape, count: int, most: int
+) -> Covering | None:
     widest = int(math.log(most) / math.log(count) + 1e-9) if count > 1 else 0
-    found = [None if k in apart else touched(f, site, shape, widest) for k, f in enumerate(factors)]
-    for width in range(widest, 1, -1):
+    found = [None if a else touched(f, site, shape, widest) for f, a in zip(factors, apart, strict=True)]
+    joint = any(f.maps(site) and (p is None or p.shape[1] > 1) for f, p in zip(factors, found, strict=True))
+    for width in range(widest, int(joint), -1):
         kept = [p if p is not None and p.shape[1] <= width else None for p in found]
-        sizes = [p.shape[1] for p in kept if p is not None]
-        if max(sizes, default=0) < width:
+        if width > max((p.shape[1] for p in kept if p is not None), default=0):
             continue
         scopes, owners = _unique(kept)
         colour = _colours(scopes, math.prod(shape))
@@ -106,8 +110,16 @@ def covering(
         rows = _cover([tuple(t[t >= 0].tolist()) for t in tuples], int(colour.max(initial=0)) + 1, count, most)
         if rows is None or len(rows) * len(scopes) > LARGEST:
             continue
-        return Covering(rows[:, colour], scopes, _shares(rows, tuples, count)[:, which.reshape(-1)], owners)
+        return Covering(
+            rows.astype(np.int16)[:, colour], scopes, _times(rows, tuples, count)[:, which.reshape(-1)], owners
+        )
     return None
+
+
+def narrowest(groups: Sequence[Group], site: str, shape: Shape) -> int:
+    """The least number of coordinates, of two or more, that all elements of a factor keep to; 0 where none is known."""
+    found = [touched(f, site, shape, 64) for some, names in groups for f in some if f.name not in names]
+    return min((p.shape[1] for p in found if p is not None and p.shape[1] > 1), default=0)
 
 
 def _unique(places: Sequence[np.ndarray | None]) -> tuple[np.ndarray, tuple[np.ndarray | None, ...]]:
@@ -188,12 +200,12 @@ def _row(missing: dict[tuple[int, ...], np.ndarray], colours: int, count: int) -
     return [max(v, 0) for v in row]
 
 
-def _shares(rows: np.ndarray, tuples: np.ndarray, count: int) -> np.ndarray:
-    """(rows, tuples): one by the number of rows in which a tuple of colours has the same values."""
-    out = np.empty((len(rows), len(tuples)))
+def _times(rows: np.ndarray, tuples: np.ndarray, count: int) -> np.ndarray:
+    """(rows, tuples): the number of rows in which a tuple of colours has the same values."""
+    out = np.empty((len(rows), len(tuples)), np.int16)
     for k, t in enumerate(tuples):
         seen = rows[:, t[t >= 0]]
         code = seen @ (count ** np.arange(seen.shape[1]))
         _, which, times = np.unique(code, return_inverse=True, return_counts=True)
-        out[:, k] = 1.0 / times[which.reshape(-1)]
+        out[:, k] = times[which.reshape(-1)]
     return out
