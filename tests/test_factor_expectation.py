@@ -234,6 +234,10 @@ def test_what_it_refuses():
         hivi.fit(TARGETS["counts"](), hivi.MeanField(), estimator=strategy, **options)
     with pytest.raises(hivi.FitError, match=r"FactorExpectation\(states=...\).*at least 4"):
         hivi.FactorExpectation(states=3)
+    with pytest.raises(hivi.FitError, match=r"found 100000; expected at most 4096.*LocalExpectation"):
+        hivi.FactorExpectation(states=100_000)
+    with pytest.raises(hivi.FitError, match=r"'z'.*can cover no factor.*by pairs"):
+        hivi.fit(table_of(13), hivi.MeanField(), estimator=strategy, **options)
 
 
 def test_closed_forms_of_differences_stay_apart():

@@ -319,14 +319,11 @@ class Fixed(AbstractEstimator):
             if reason is None and strategy.closed and name not in target.closed:
                 reason = "the target does not say that log p meets this site through its means alone"
             if reason:
-                raise FitError(
-                    message(
-                        f"site {name!r}",
-                        f"the estimator {type(strategy).__name__}(): {reason}",
-                        "a strategy that can serve it",
-                        "use estimator=hivi.Auto()",
-                    )
-                )
+                cure = "leave the site out, and hivi chooses"
+                if not isinstance(self.strategies, Mapping):
+                    cure = "name the sites that it suits, estimator={'...': ...}, or use estimator=hivi.Auto()"
+                found = f"the estimator {type(strategy).__name__}(): {reason}"
+                raise FitError(message(f"site {name!r}", found, "a strategy that can serve it", cure))
             out[name] = strategy
         return out
 

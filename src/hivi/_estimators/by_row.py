@@ -82,7 +82,8 @@ class Split(NamedTuple):
             elif name.endswith(inside):
                 expected = "a family that takes rows one by one"
                 cure = f"use MeanField() or Amortised(), or minibatches, subsample={{{self.plate.name!r}: ...}}"
-                raise FitError(self._coupled(f"the term {name!r} of log q", expected, cure))
+                family = type(self.proposal.parts[-1]).__name__.removesuffix("Proposal")
+                raise FitError(self._coupled(f"the term {name!r} of log q ({family})", expected, cure))
             else:
                 rest = rest - scales.get(name, 1.0) * sum_all(term)
         return RowWeights(rows, rest)
@@ -166,7 +167,7 @@ def split(proposal: AbstractProposal, target: Target, plate: str | None, caller:
     rows = {s.name: axis for s in target.sites for name, axis in s.plates if name == plate}
     known = sorted({name for s in target.sites for name, _ in s.plates})
     if not rows:
-        cure = nearest(plate, known, "name a plate of the model that has latents, or leave it out")
+        cure = nearest(plate, known, f"use {instead}")
         expected = f"one of the plates {known}" if known else "a plate that has latents, and the model has none"
         raise FitError(message(where, "no latent site in it", expected, cure))
     if target.source is not None:

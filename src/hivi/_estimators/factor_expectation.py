@@ -20,6 +20,8 @@ from hivi._tree import PyTree
 
 BATCH = 1 << 20
 """Numbers that are computed at once, roughly."""
+LIMIT = 4096
+"""Most evaluations that may be asked for."""
 
 
 class FactorExpectation(AbstractStrategy):
@@ -35,7 +37,7 @@ class FactorExpectation(AbstractStrategy):
     the gradient is the exact mean over z.
 
     Args:
-        states: the most evaluations; factors that need more get their local expectation.
+        states: the most evaluations, 4 to 4096; factors that need more get their local expectation.
 
     Example:
         >>> import hivi, jax, jax.numpy as jnp
@@ -55,7 +57,13 @@ class FactorExpectation(AbstractStrategy):
     detached: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
-        require_count("FactorExpectation(states=...)", self.states, "correct the number", 4, FitError)
+        require_count("FactorExpectation(states=...)", self.states, "two coordinates of two values have 4", 4, FitError)
+        if self.states > LIMIT:
+            found, cure = (
+                str(self.states),
+                "write a wide factor as a sum of narrow ones, or use hivi.LocalExpectation()",
+            )
+            raise FitError(message("FactorExpectation(states=...)", found, f"at most {LIMIT}", cure))
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
         if conditional is None:
@@ -104,8 +112,8 @@ def _group(part: Part, site: str) -> Group:
 def _too_wide(groups: Sequence[Group], site: str, shape: tuple[int, ...], count: int, most: int) -> str:
     width = narrowest(groups, site, shape)
     found = f"FactorExpectation(states={most}), which can cover no factor of two or more of its coordinates"
-    cure = "use hivi.LocalExpectation() for this site, or hivi.Auto()"
-    if width and count**width > most:
+    cure = "write it as a sum of narrow factors (a coupling by pairs), or use hivi.LocalExpectation() for this site"
+    if width and most < count**width <= LIMIT:
         cure = (
             f"use FactorExpectation(states={count**width}) for those of {width} coordinates, or hivi.LocalExpectation()"
         )

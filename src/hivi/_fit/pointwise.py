@@ -47,6 +47,9 @@ class Pointwise(NamedTuple):
     rows: Float[np.ndarray, "samples rows"]
     rest: Float[np.ndarray, " samples"]
 
+    def __repr__(self) -> str:
+        return f"Pointwise({self.rows.shape[1]} rows, {self.rows.shape[0]} estimates: {self.total()} nats in all)"
+
     def mean(self) -> Float[np.ndarray, " rows"]:
         """Mean share of every row, in nats."""
         return self.rows.mean(0)
