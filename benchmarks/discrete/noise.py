@@ -183,15 +183,16 @@ def conditional(proposal: AbstractProposal, name: str) -> Any:
 
 
 def by_operations(found: dict[str, dict[str, Any]]) -> list[float]:
-    """For each problem, q and seed: product in seconds of what operations would choose, as a multiple of the least."""
+    """For each problem, q and seed: product in seconds of what operations would choose, as a multiple of the least.
+
+    Of what was timed in one run.
+    """
     groups: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     for key, row in found.items():
         name, family, _, seed = key.split("|")
-        plain = found.get(f"{name}|{family}|{PLAIN}|{seed}", {})
-        if "product" in row and "product" in plain:
+        if "product" in row and "plain seconds" not in row:
             noise = max(row["variance"], 1e-12)  # nothing but rounding is left
-            pair = (noise * row["operations"], noise * seconds(row, plain))
-            groups.setdefault((name, family, seed), []).append(pair)
+            groups.setdefault((name, family, seed), []).append((noise * row["operations"], noise * row["seconds"]))
     return [min(pairs)[1] / min(s for _, s in pairs) for pairs in groups.values()]
 
 
@@ -231,7 +232,7 @@ def table(path: Any, seeds: int) -> None:
         "be enumerated, by 2,000 to 100,000 gradients: the largest |z-score| of "
         f"{entries:,} entries of {len(scores)} mean gradients is {worst:.2f}; by chance it is below "
         f"{chance:.2f} with probability 0.95. Auto counts operations in place of seconds: what it would "
-        f"choose of these has at most {max(losses, default=1.0):.2f} times the least product in seconds (median "
+        f"choose of those timed in one run has at most {max(losses, default=1.0):.2f} times the least product in seconds (median "
         f"{statistics.median(losses or [1.0]):.2f}; {len(losses)} problems, q and seeds).",
         130,
     )
