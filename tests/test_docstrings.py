@@ -30,7 +30,7 @@ def test_examples_run(name: str) -> None:
 def test_public_names_show_an_example_or_are_results(name: str) -> None:
     """What a user calls has an example; errors, results and abstract parts need none."""
     thing = getattr(hivi, name)
-    results = ("Error", "Estimate", "Fit", "Target", "Curvature", "Comparison", "Trust")
+    results = ("Error", "Estimate", "Pointwise", "Fit", "Target", "Curvature", "Comparison", "Trust")
     strategies = ("Pathwise", "Score", "LocalExpectation", "Difference", "Expectation")
     auxiliaries = ("InverseFlow", "Linearised", "SemiImplicit", "Component")
     if name.endswith(results) or name in strategies + auxiliaries:
