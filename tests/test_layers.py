@@ -69,6 +69,7 @@ PAIRS = {
     ("_estimators/auto.py", "_estimators/expectation.py"),
     ("_estimators/auto.py", "_estimators/factor_expectation.py"),
     ("_estimators/exact.py", "_estimators/factor_expectation.py"),
+    ("_estimators/factor_expectation.py", "_estimators/differences.py"),
     ("_estimators/evaluation.py", "_estimators/by_row.py"),
     ("_estimators/evaluation.py", "_estimators/surrogate.py"),
     ("_estimators/surrogate.py", "_estimators/by_row.py"),

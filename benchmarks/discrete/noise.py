@@ -135,7 +135,7 @@ def assigned(target: Target, label: str) -> Chosen:
     return tuple((s.name, ESTIMATORS[label] if s.discrete else hivi.Pathwise()) for s in target.sites)
 
 
-def seconds(row: dict[str, Any], plain: dict[str, Any]) -> float:
+def comparable(row: dict[str, Any], plain: dict[str, Any]) -> float:
     """Of one gradient, on the scale of the run in which the score function was measured."""
     return row["seconds"] * plain["seconds"] / row.get("plain seconds", plain["seconds"])
 
@@ -207,7 +207,7 @@ def table(path: Any, seeds: int) -> None:
         keys = [[f"{name}|{family}|{which}|{s}" for which in (PLAIN, label)] for s in range(seeds)]
         pairs = [(found[a], found[b]) for a, b in keys if a in found and b in found]
         pairs = [(a, b) for a, b in pairs if "product" in a and "product" in b]
-        good = [a["product"] / max(b["variance"] * seconds(b, a), 1e-30) for a, b in pairs]
+        good = [a["product"] / max(b["variance"] * comparable(b, a), 1e-30) for a, b in pairs]
         return statistics.median(good) if good else None
 
     for name, family in itertools.product(PROBLEMS, FAMILIES):

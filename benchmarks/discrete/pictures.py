@@ -17,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from common import RESULTS, write  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from noise import PLAIN, seconds  # noqa: E402
+from noise import PLAIN, comparable  # noqa: E402
 from numpyro.distributions import constraints  # noqa: E402
 
 import hivi  # noqa: E402
@@ -116,7 +116,7 @@ def factors(axes: Axes) -> None:
         at, heights = [], []
         for number, name in enumerate(problems):
             both = [
-                (a["product"], b["variance"] * seconds(b, a))
+                (a["product"], b["variance"] * comparable(b, a))
                 for s in range(5)
                 if "product" in (a := rows.get(f"{name}|mean-field|{PLAIN}|{s}", {}))
                 and "product" in (b := rows.get(f"{name}|mean-field|{label}|{s}", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import jax
@@ -52,13 +53,7 @@ class LocalExpectation(AbstractStrategy):
         return (site.values.count - 1) * math.prod(site.batch_shape)
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
-        if conditional is None:
-            return "its coordinates are not independent given the family's context"
-        return (
-            None
-            if conditional.likelihood.table
-            else f"its q is no table, its support not finite or too long ({site.values})"
-        )
+        return no_table(site, conditional)
 
     def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
         if self.coupled and not bound.linear(proposal.branches):
@@ -67,12 +62,12 @@ class LocalExpectation(AbstractStrategy):
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
         if not self.coupled:
-            return _measure(site, conditional, evaluation)
+            return moved(site, conditional, evaluation)
         assert evaluation.key is not None
         return pair(site, conditional, evaluation, partner(conditional, evaluation.z[site], evaluation.key))
 
     def surrogate(self, measured: PyTree, increment: Increment) -> Array:
-        return _surrogate(measured, increment)
+        return weighted(measured, increment)
 
 
 class Difference(AbstractStrategy):
@@ -108,27 +103,40 @@ class Difference(AbstractStrategy):
         return None
 
     def measure(self, site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
-        return _measure(site, conditional, evaluation)
+        return moved(site, conditional, evaluation)
 
     def surrogate(self, measured: PyTree, increment: Increment) -> Array:
-        return _surrogate(measured, increment)
+        return weighted(measured, increment)
 
 
-def _measure(site: str, conditional: Conditional, evaluation: Evaluation) -> PyTree:
+def moved(
+    site: str, conditional: Conditional, evaluation: Evaluation, numbers: Sequence[Collection[int]] | None = None
+) -> tuple[Array, Array]:
+    """Weights of the moves of every coordinate, and their changes; of some factors of each part, if named."""
     z = evaluation.z[site]
-    moved = conditional.likelihood.moves(z)
-    return conditional.likelihood.move_weights(conditional.lam, z), evaluation.differences(site, moved)
+    values = conditional.likelihood.moves(z)
+    return conditional.likelihood.move_weights(conditional.lam, z), evaluation.differences(site, values, numbers)
 
 
 def pair(site: str, conditional: Conditional, evaluation: Evaluation, b: Array) -> PyTree:
     """The mean over the draw and another, as moves of both."""
-    here = _measure(site, conditional, evaluation)
-    there = _measure(site, conditional, evaluation.moved(site, b))
+    here = moved(site, conditional, evaluation)
+    there = moved(site, conditional, evaluation.moved(site, b))
     (w1, c1), (w2, c2) = here, there
     return jnp.concatenate([0.5 * w1, 0.5 * w2]), jnp.concatenate([c1, c2])
 
 
-def _surrogate(measured: PyTree, increment: Increment) -> Array:
+def no_table(site: Site, conditional: Conditional | None) -> str | None:
+    """Why not every value of a coordinate can be summed, or None if it can."""
+    if conditional is None:
+        return "its coordinates are not independent given the family's context"
+    if not conditional.likelihood.table:
+        return f"its q is no table, its support not finite or too long ({site.values})"
+    return None
+
+
+def weighted(measured: tuple[Array, Array], increment: Increment) -> Array:
+    """Sum of weights, which carry the gradient, times changes of the log-weight."""
     weights, change = measured
     # A move whose weight is exactly zero cannot matter, even to an impossible value (0 times -inf).
     gain = increment(jax.lax.stop_gradient(change))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from hivi._bounds import AbstractBound
 from hivi._errors import FitError, message, require_count
 from hivi._estimators.base import AbstractStrategy, Evaluation, Increment, Part
+from hivi._estimators.differences import moved, no_table, weighted
 from hivi._families.base import AbstractProposal, Conditional
 from hivi._locality.covering import Covering, Group, covering, narrowest
 from hivi._space import Site
@@ -30,7 +31,8 @@ class FactorExpectation(AbstractStrategy):
     `grad E[f] = sum_a sum_s grad q(s|lambda) f_a(s)`, where s runs over the joint values of the coordinates that the element
     f_a touches (of an Ising model two, whatever its size), the other sites as drawn. A local expectation sums over one
     coordinate and draws its neighbours. All elements share their evaluations: a few rows of values for the whole site,
-    among which every element sees all of its own (a covering array); a square lattice takes 4, all pairs of 20 spins 11.
+    among which every element sees all of its own (a covering array); an open square lattice takes 4 (a periodic one of
+    odd length 5), all pairs of 20 spins 11.
     Factors that touch too many coordinates at once get their local expectation.
 
     Where lambda is not random (mean-field), the draw of the site leaves no noise in the gradient of its lambda; given lambda,
@@ -66,11 +68,7 @@ class FactorExpectation(AbstractStrategy):
             raise FitError(message("FactorExpectation(states=...)", found, f"at most {LIMIT}", cure))
 
     def refusal(self, site: Site, conditional: Conditional | None) -> str | None:
-        if conditional is None:
-            return "its coordinates are not independent given the family's context"
-        if not conditional.likelihood.table:
-            return f"its q is no table, its support not finite or too long ({site.values})"
-        return None
+        return no_table(site, conditional)
 
     def unsuited(self, site: Site, proposal: AbstractProposal, bound: AbstractBound) -> str | None:
         if not bound.linear(proposal.branches):
@@ -96,12 +94,11 @@ class FactorExpectation(AbstractStrategy):
         wide = _wide(evaluation.parts, site, found)
         if not any(wide):
             return (weights, change), None
-        moved = rule.moves(z)
-        return (weights, change), (rule.move_weights(lam, z), evaluation.differences(site, moved, wide))
+        return (weights, change), moved(site, conditional, evaluation, wide)
 
     def surrogate(self, measured: PyTree, increment: Increment) -> Array:
         covered, wide = measured
-        return _added(covered, increment) + (jnp.zeros(()) if wide is None else _added(wide, increment))
+        return weighted(covered, increment) + (jnp.zeros(()) if wide is None else weighted(wide, increment))
 
 
 def _group(part: Part, site: str) -> Group:
@@ -141,11 +138,3 @@ def _wide(parts: Sequence[Part], site: str, found: Covering) -> list[tuple[int, 
         out.append(tuple(k for k, f in enumerate(factors) if f.maps(site) and found.owners[start + k] is None))
         start += len(factors)
     return out
-
-
-def _added(measured: tuple[Array, Array], increment: Increment) -> Array:
-    """Sum of weight times change; what has no weight cannot matter, even if it is impossible (0 times -inf)."""
-    weights, change = measured
-    gain = increment(jax.lax.stop_gradient(change))
-    safe = jnp.where((weights == 0) & ~jnp.isfinite(gain), 0.0, gain)
-    return jnp.sum(weights * jax.lax.stop_gradient(safe))

@@ -19,8 +19,6 @@ from hivi._tree import Key
 
 BATCH = 8
 """Estimates made at once."""
-
-
 CALLER = "Fit.pointwise"
 
 
@@ -93,9 +91,8 @@ def pointwise(
         parts.append(_block(proposal, target, bound, plate, key, {**whole, plate: taken}, jnp.asarray(number), samples))
     rows = np.concatenate([np.asarray(p.rows, float) for p in parts], 1)
     rest = np.stack([np.asarray(p.rest, float) for p in parts])
-    if own.size % own.batch and not np.allclose(
-        rest, rest[:1], rtol=1e-5, atol=1e-5
-    ):  # the last block holds rows again
+    # A last block that is not full holds rows again, whose terms would count twice in the mean over blocks.
+    if own.size % own.batch and not np.allclose(rest, rest[:1], rtol=1e-5, atol=1e-5):
         found = f"{CALLER}, and {own.size} rows of which some terms touch no latent, {own.batch} at a time"
         raise FitError(_whole(f"plate {plate!r}", found))
     return Pointwise(rows[:, : own.size], rest.mean(0))
