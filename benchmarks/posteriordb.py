@@ -156,7 +156,7 @@ def table() -> None:
 
     for (posterior, method), found in sorted(groups.items()):
         gap = best.get(posterior, float("nan")) - statistics.median(r["elbo"] for r in found)
-        said = "-" if method == "AutoIAFNormal" else "yes" if all(map(warned, found)) else "no"
+        said = "-" if method == "AutoIAFNormal" else f"{sum(map(warned, found))} of {len(found)}"
         rows.append([
             posterior.split("-")[0], method, middle(found, "steps", ".0f"), middle(found, "seconds", ".0f"), f"{gap:.3f}",
             middle(found, "khat", ".2f"), middle(found, "mean_max"), middle(found, "logsd_max"), middle(found, "corr_max"),
@@ -179,8 +179,8 @@ def table() -> None:
             "the largest over the parameters, against 10,000 reference draws; sliced Wasserstein-2 over 2,000 (two halves of the",
             "reference draws are 0.05 to 0.08 apart). Seconds include compilation.",
             f"Fits with a log-sd error above 0.3: {len(wrong)}; of these, without a warning: {len(silent)} {silent or ''}.",
-            "Warned: k-hat above 0.7, or a bound that rises by more than 0.05 nats with 64 draws, as `hivi compare` says in "
-            f"words; with 0.3 nats instead, {len(silent_at)} would go without: {', '.join(silent_at) or 'none'}.",
+            "Warned, of how many seeds: k-hat above 0.7, or a bound that rises by more than 0.05 nats with 64 draws, as "
+            f"`hivi compare` says; with 0.3 nats instead, {len(silent_at)} would go without: {', '.join(silent_at) or 'none'}.",
         ],
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A variational prior over a lattice that commutes with its shifts, and the auxiliary that goes with it.
 
-lambda = location + g(epsilon), where g alternates circular convolutions with one elementwise map per layer: a few dozen
+lambda = location + g(epsilon), where g alternates circular convolutions with one elementwise map per layer: some 330
 parameters whatever the size of the torus. r(lambda | z) goes the other way: a stationary flow of epsilon is Gaussian around a
 convolution of z, which starts as the linearised posterior. Plain `hivi.Hierarchical` takes both:
 

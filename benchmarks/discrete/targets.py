@@ -155,7 +155,7 @@ def main() -> None:
     parts: dict[str, dict[str, Any]] = {"disordered": DISORDERED, "ordered": ORDERED, "glass": GLASS}
     parser = argparse.ArgumentParser(description="Ising 16x16 and the spin glass: what reaches which figure.")
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="all if none is given")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     path = RESULTS / "discrete_targets.json"
     for seed in range(options.seeds):

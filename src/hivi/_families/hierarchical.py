@@ -30,6 +30,7 @@ from hivi._families.base import (
     scattered,
     with_counts,
 )
+from hivi._families.delta import Delta
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.low_rank import LowRank
@@ -61,16 +62,16 @@ class Hierarchical(AbstractFamily):
     hierarchical ELBO of eq. 5. It keeps dependence between latents of any kind, discrete ones included.
 
     Args:
-        prior: any continuous family over the flat vector lambda: `Flow`, `FullRank`, `Mixture`, `MeanField`, or
-            another `Hierarchical` (multi-level).
+        prior: any continuous family over the flat vector lambda: `Flow`, `FullRank`, `LowRank`, `Mixture`, `MeanField`,
+            or another `Hierarchical` (multi-level).
         auxiliary: `InverseFlow`, `Linearised`, `SemiImplicit` or `Component`; None takes the one that
             suits the prior: for a flow, an inverse flow of twice its length (the paper's were 2 and 10).
         start: a mean-field `Fit` of the same target to grow from; None starts near the centre of the supports. What
             `hivi.curvature(fit)` returns also serves: it grows from that fit, along the directions found.
         spread: multiplies the standard deviation of lambda at the start.
         along: directions of lambda that start wider, where `start` is a fit: what `hivi.curvature(fit)` returns. Priors
-            `FullRank()` starts along them (up to 256 parameters, or with an auxiliary of its own); others start from the fit
-            alone, a `Flow()` ten times as wide, which lets it leave the fit.
+            `FullRank()` (up to 256 parameters, or with an auxiliary of its own) and `LowRank()` start along them; others from
+            the fit alone, a `Flow()` ten times as wide, which lets it leave the fit.
         shared: over the rows of a subsampled plate, all rows share the prior's flow and r's regression, and each has its own
             location and scale of lambda; otherwise each row has all parameters for itself.
         concentration: of counts: q(z_i|lambda_i) is negative binomial with this concentration (1: Geometric); Poisson if None.
@@ -97,6 +98,8 @@ class Hierarchical(AbstractFamily):
     def __check_init__(self) -> None:
         wrong: list[tuple[bool, str, Any, str, str]] = [
             (not isinstance(self.prior, AbstractFamily), "prior", self.prior, "a family", "for example hivi.Flow(layers=8)"),
+            (isinstance(self.prior, Delta), "prior", self.prior, "a distribution of lambda",
+             "a lambda that is a point is hivi.MeanField()"),
             (not isinstance(self.auxiliary, AbstractAuxiliary | None), "auxiliary", self.auxiliary, "an auxiliary, or None",
              "for example hivi.InverseFlow(layers=8)"),
         ]  # fmt: skip
