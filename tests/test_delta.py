@@ -124,6 +124,10 @@ def test_refusals():
     with pytest.raises(hivi.FamilyError, match=r"Structured\(\) at group 'b'.*follow earlier draws"):
         fitted(hivi.from_log_joint(lambda z: -z["a"] ** 2 - z["b"] ** 2, {"a": hivi.Latent(), "b": hivi.Latent()}),
                hivi.Structured({"a": hivi.MeanField(), "b": hivi.Delta()}))  # fmt: skip
+    with pytest.raises(
+        hivi.FamilyError, match=r"Hierarchical\(prior=...\): found Delta\(\); expected a distribution of"
+    ):
+        fitted(boolean, hivi.Hierarchical(prior=hivi.Delta()))
 
 
 def test_points_are_not_compared_with_distributions():

@@ -44,7 +44,7 @@ PAIRS = {
     *(("_locality/zeros.py", f"_locality/{part}.py") for part in ("rules", "integers")),
     *(
         ("_families/hierarchical.py", f"_families/{part}.py")
-        for part in ("auxiliary", "delta", "flow", "full_rank", "low_rank", "mean_field", "mixture")
+        for part in ("auxiliary", "flow", "full_rank", "low_rank", "mean_field", "mixture")
     ),
     ("_families/copula.py", "_families/latent_copula.py"),
     ("_families/copula.py", "_families/reverse.py"),

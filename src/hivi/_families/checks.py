@@ -126,9 +126,9 @@ def not_a_prior(proposal: Any) -> str:
     """Why a proposal cannot be a prior over lambda."""
     return message(
         "Hierarchical(prior=...)",
-        type(proposal).__name__,
-        "a continuous family over lambda",
-        "use Flow(), FullRank(), Mixture(), MeanField() or another Hierarchical()",
+        type(proposal).__name__.removesuffix("Proposal") + "()",
+        "a distribution of the flat vector lambda",
+        "use Flow(), FullRank(), LowRank(), Mixture(), MeanField() or another Hierarchical()",
     )
 
 

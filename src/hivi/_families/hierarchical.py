@@ -30,7 +30,6 @@ from hivi._families.base import (
     scattered,
     with_counts,
 )
-from hivi._families.delta import Delta
 from hivi._families.flow import Flow
 from hivi._families.full_rank import FullRank
 from hivi._families.low_rank import LowRank
@@ -98,8 +97,6 @@ class Hierarchical(AbstractFamily):
     def __check_init__(self) -> None:
         wrong: list[tuple[bool, str, Any, str, str]] = [
             (not isinstance(self.prior, AbstractFamily), "prior", self.prior, "a family", "for example hivi.Flow(layers=8)"),
-            (isinstance(self.prior, Delta), "prior", self.prior, "a distribution of lambda",
-             "a lambda that is a point is hivi.MeanField()"),
             (not isinstance(self.auxiliary, AbstractAuxiliary | None), "auxiliary", self.auxiliary, "an auxiliary, or None",
              "for example hivi.InverseFlow(layers=8)"),
         ]  # fmt: skip
