@@ -20,9 +20,10 @@ from hivi._estimators.cost import effort_of
 from hivi._estimators.measured import CANDIDATES
 from hivi._families.base import AbstractProposal
 from hivi._fit import store
+from hivi._fit.history import History
 from hivi._fit.progress import Bar
 from hivi._fit.step import CHUNK, Plan, State, run_chunk, step
-from hivi._fit.stopping import EARLIEST, MAX_LOST, collapsed, levelled
+from hivi._fit.stopping import EARLIEST, MAX_LOST, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, bounded, terms_of_draws
 from hivi._tree import Key, PyTree, finite
@@ -91,8 +92,7 @@ class Run:
     ):
         self.target, self.plan, self.steps, self.tolerance = target, plan, steps, tolerance
         self.began, self.folder, self.identity, self.state = began, folder, identity, state
-        self.elbo = np.zeros(0)
-        self.stderr = np.zeros(0)
+        self.found = History(CHUNK)
         self.last = steps
         self.converged = False
         self.recoveries = 0
@@ -102,7 +102,8 @@ class Run:
 
     def history(self) -> dict[str, np.ndarray]:
         """One entry per step."""
-        return {"step": np.arange(1, len(self.elbo) + 1), "elbo": self.elbo, "stderr": self.stderr}
+        elbo, stderr = self.found.elbo.copy(), self.found.stderr.copy()
+        return {"step": np.arange(1, len(elbo) + 1), "elbo": elbo, "stderr": stderr}
 
     def pace(self) -> float | None:
         """Seconds per step: the median over the compiled chunks after the first, which includes compilation."""
@@ -112,10 +113,10 @@ class Run:
         """Run to the end; return in words why it ended."""
         chunk = run_chunk.at(self._effort())
         with Bar(self.steps, label, progress) as bar:
-            while len(self.elbo) < self.last:
+            while len(self.found) < self.last:
                 good, before, started = self.state, int(self.state.skipped), time.monotonic()
                 new, info = chunk(good, self.target, self.plan, jnp.array(self.last, jnp.int32))
-                taken = min(CHUNK, self.last - len(self.elbo))
+                taken = min(CHUNK, self.last - len(self.found))
                 elbo, stderr = (np.asarray(x, float)[:taken] for x in info)
                 self.paces.append((time.monotonic() - started) / taken)
                 trouble = self._trouble(new, before, elbo, taken)
@@ -128,15 +129,15 @@ class Run:
                     self.converged = False
                     return failure
                 self.state = new
-                self.elbo, self.stderr = np.append(self.elbo, elbo), np.append(self.stderr, stderr)
+                self.found.add(elbo, stderr)
                 self._clean = self._clean + 1
                 if self._clean >= FORGIVE_AFTER:
                     self.recoveries = 0
                 self._maybe_stop()
-                bar.update(len(self.elbo), elbo, len(self.elbo) / (time.monotonic() - self.began))
-                self._checkpoint(finished=len(self.elbo) >= self.last)
+                bar.update(len(self.found), elbo, len(self.found) / (time.monotonic() - self.began))
+                self._checkpoint(finished=len(self.found) >= self.last)
         if self.tolerance is None or not self.converged:
-            plain = self.elbo[: int(self.state.decay_from)] if self.plan.scheduled else self.elbo
+            plain = self.found.elbo[: int(self.state.decay_from)] if self.plan.scheduled else self.found.elbo
             self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance)
         return "the bound levelled off" if self.converged else "all steps were taken before the bound levelled off"
 
@@ -146,12 +147,12 @@ class Run:
 
     def _maybe_stop(self) -> None:
         """Once the bound is level, decay the step size over a last stretch and end."""
-        if self.tolerance is None or self.converged or len(self.elbo) >= int(self.state.decay_from):
+        if self.tolerance is None or self.converged or len(self.found) >= int(self.state.decay_from):
             return
-        if len(self.elbo) < EARLIEST or not levelled(self.elbo, self.tolerance):
+        if len(self.found) < EARLIEST or not levelled(self.found.elbo, self.tolerance):
             return
         self.converged = True
-        done = len(self.elbo)
+        done = len(self.found)
         if not self.plan.scheduled:
             self.last = done
             return
@@ -165,8 +166,8 @@ class Run:
         skipped = int(new.skipped) - before
         if skipped > MAX_LOST * taken or not bool(finite_now(new.proposal)):
             return f"bound or gradient not finite in {skipped} of {taken} steps"
-        if taken == CHUNK and collapsed(np.append(self.elbo, elbo), CHUNK):
-            return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.elbo[-CHUNK:]):.4g}"
+        if self.found.collapsed(elbo):
+            return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.found.elbo[-CHUNK:]):.4g}"
         return None
 
     def _recover(self, good: State, trouble: str) -> str | None:
@@ -175,7 +176,7 @@ class Run:
         self._clean = 0
         if self.recoveries > RECOVERIES:
             return message(
-                f"fit, after {len(self.elbo)} steps",
+                f"fit, after {len(self.found)} steps",
                 f"{trouble}, also with the step size halved {RECOVERIES} times; {self._blame(good)}",
                 "a finite bound",
                 "check the model there (a log of zero, an impossible value), rescale the data, or lower learning_rate",
@@ -200,7 +201,7 @@ class Run:
         if self.folder is None or not (finished or time.monotonic() - self._saved > SAVE_EVERY):
             return
         self._saved = time.monotonic()
-        arrays = store.pack(self.state) | {"history.elbo": self.elbo, "history.stderr": self.stderr}
+        arrays = store.pack(self.state) | {"history.elbo": self.found.elbo, "history.stderr": self.found.stderr}
         meta = {
             "identity": self.identity,
             "last": self.last,
@@ -225,5 +226,5 @@ class Run:
             found, cure = f"gradients by {meta.get('strategies')}", "choose another folder, or delete this one"
             raise LoadError(message(f"checkpoint {self.folder}", found, f"{chosen}", cure))
         self.state = store.unpack(self.state, arrays, self.folder)
-        self.elbo, self.stderr = arrays["history.elbo"], arrays["history.stderr"]
+        self.found.add(arrays["history.elbo"], arrays["history.stderr"])
         self.last, self.converged, self.recoveries = meta["last"], meta["converged"], meta["recoveries"]

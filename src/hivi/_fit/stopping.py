@@ -46,15 +46,3 @@ def levelled(elbo: np.ndarray, tolerance: float) -> bool:
         return False
     found = trend(values)
     return bool(found.change < tolerance * found.stderr + 1e-7 * abs(float(np.mean(values[-32:]))))
-
-
-def collapsed(elbo: np.ndarray, chunk: int) -> bool:
-    """Whether the last chunk fell far below the best earlier one, beyond any noise."""
-    if len(elbo) < 3 * chunk:
-        return False
-    chunks = elbo[: len(elbo) // chunk * chunk].reshape(-1, chunk)
-    middle = np.nanmedian(chunks, axis=1)
-    noise = np.nanmedian(np.abs(chunks - middle[:, None]), axis=1)
-    best = int(np.argmax(middle[:-1]))
-    fall = middle[best] - middle[-1]
-    return bool(fall > 100 * max(noise[best], 1e-3) and fall > 10 + abs(middle[best]))
