@@ -17,6 +17,7 @@ import hivi
 from hivi._arviz import load_arviz
 from hivi._fit.progress import Bar, plain_lines
 from hivi.cli import fit as fit_command
+from hivi.cli.common import failures
 from hivi.cli.inputs import read_data
 from hivi.cli.main import app
 from hivi.cli.outputs import summarise
@@ -236,6 +237,25 @@ def test_malformed_data_are_refused(folder: Path, name: str, content: str | byte
     for piece in expected:
         assert piece in result.stderr
     assert not (folder / "none").exists()
+
+
+def test_an_error_in_the_model_names_its_line(folder: Path) -> None:
+    """Not a traceback through hivi's inside; a fault outside the model keeps its traceback."""
+    (folder / "groups.py").write_text(
+        "import numpyro, numpyro.distributions as dist\n\n"
+        "def model(group, y):\n"
+        "    effect = numpyro.sample('effect', dist.Normal(0, 1).expand([3]).to_event(1))\n"
+        "    numpyro.sample('y', dist.Normal(effect[group], 1).to_event(1), obs=y)\n"
+    )
+    (folder / "groups.csv").write_text("group,y\n0.0,1.5\n2.0,0.5\n")
+    words = ("--data", folder / "groups.csv", "--out", folder / "none")
+    result = hivi_command("fit", f"{folder}/groups.py:model", *words)
+    assert result.exit_code == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    for piece in ("groups.py, line 5: found TypeError", "integer", "Cure:"):
+        assert piece in result.stderr
+    with pytest.raises(RuntimeError, match="ours"), failures():
+        raise RuntimeError("ours")
 
 
 def test_empty_lines_at_the_end_of_a_csv_file_are_nothing(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from hivi._errors import HiviError, message
 
 FAILED = 1
 NOT_CONVERGED = 3
+MODULE = "hivi_model_"
+"""What the name of a user's model, imported from its file, begins with."""
 CODES = """Exit codes: 0 done; 1 hivi refused or failed, and says why on standard error; 2 wrong usage (an option, or a
 file, function or plate that is not there); 3 a fit that
 ended before its bound had levelled off; 130 interrupted (Ctrl-C)."""
@@ -30,12 +33,34 @@ Json = Annotated[
 
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
-    """Print a `HiviError` as one paragraph on standard error, without traceback, and exit with code 1."""
+    """Print a `HiviError`, or whatever the user's model raises, as one paragraph on standard error; exit with code 1.
+
+    An error of the model is told with the model's line; a fault anywhere else keeps its traceback.
+    """
     try:
         yield
     except HiviError as error:
-        console(to_stderr=True).print(f"hivi: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(FAILED) from None
+        said = str(error)
+    except Exception as error:
+        place = _place_in_model(error)
+        if place is None:
+            raise
+        found = f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'})"
+        said = message(place, found, "a model that runs on these data", "correct that line, or the data it takes")
+    else:
+        return
+    console(to_stderr=True).print(f"hivi: {said}", style="red", markup=False, soft_wrap=True)
+    raise typer.Exit(FAILED)
+
+
+def _place_in_model(error: Exception) -> str | None:
+    """File and line of the user's model that an error passed through last, if it passed there."""
+    places = [
+        f"{Path(frame.f_code.co_filename).name}, line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(MODULE)
+    ]
+    return places[-1] if places else None
 
 
 def make_folder(folder: Path) -> None:

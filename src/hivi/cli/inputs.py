@@ -16,6 +16,7 @@ import numpy as np
 import typer
 
 from hivi._errors import LoadError, TargetError, message
+from hivi.cli.common import MODULE
 
 Data = dict[str, Any]
 """Argument of the model -> array or number."""
@@ -34,7 +35,7 @@ def load_model(spec: str) -> Callable[..., Any]:
     path = Path(name)
     if not path.is_file():
         raise typer.BadParameter(f"there is no file {name!r}")
-    module_spec = importlib.util.spec_from_file_location(f"hivi_model_{path.stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"{MODULE}{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise typer.BadParameter(f"{name!r} is not a Python file (its name should end in .py)")
     module = importlib.util.module_from_spec(module_spec)
