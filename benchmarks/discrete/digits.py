@@ -116,14 +116,16 @@ def network(x: Any, weights: dict[str, Any] | None = None, deviation: float = 1.
 def timed(target: hivi.Target, family: Any, seconds: float, options: dict[str, Any], least: bool) -> hivi.Fit:
     """A fit of as many steps as the seconds allow; repeated with more steps, while `least` and it took less.
 
-    A step's time is what the steps of some seconds take more than 100, since every fit also has a part of its own.
+    A step's time is what the steps of some seconds take more than a few, since every fit also has a part of its own. Few steps
+    are compiled in haste and run slowly: everything here is measured at 4,000 or more, which are compiled as all later ones.
     """
-    hivi.fit(target, family, steps=100, **options)  # compiles
-    short, longer = (hivi.fit(target, family, steps=n, **options).seconds for n in (100, 600))
-    count = max(600, round(600 * PROBE / longer))
+    few = 4000
+    hivi.fit(target, family, steps=few, **options)  # compiles
+    short = hivi.fit(target, family, steps=few, **options).seconds
+    count = few + max(600, round(few * PROBE / short))
     longer = hivi.fit(target, family, steps=count, **options).seconds
-    each = (longer - short) / (count - 100)
-    steps = max(300, round((1.08 if least else 1.0) * (seconds - short) / each))
+    each = (longer - short) / (count - few)
+    steps = max(300, round((1.08 if least else 1.0) * (few + (seconds - short) / each)))
     fit = hivi.fit(target, family, steps=steps, **options)
     while least and fit.seconds < seconds:
         steps = round(1.05 * steps * seconds / fit.seconds)
