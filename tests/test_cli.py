@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import hivi
 from hivi._arviz import load_arviz
 from hivi._fit.progress import Bar, plain_lines
+from hivi._target import statements
 from hivi.cli import fit as fit_command
 from hivi.cli.common import failures
 from hivi.cli.inputs import read_data
@@ -239,23 +240,64 @@ def test_malformed_data_are_refused(folder: Path, name: str, content: str | byte
     assert not (folder / "none").exists()
 
 
-def test_an_error_in_the_model_names_its_line(folder: Path) -> None:
-    """Not a traceback through hivi's inside; a fault outside the model keeps its traceback."""
-    (folder / "groups.py").write_text(
-        "import numpyro, numpyro.distributions as dist\n\n"
-        "def model(group, y):\n"
-        "    effect = numpyro.sample('effect', dist.Normal(0, 1).expand([3]).to_event(1))\n"
-        "    numpyro.sample('y', dist.Normal(effect[group], 1).to_event(1), obs=y)\n"
-    )
+GROUPS = """
+import numpyro, numpyro.distributions as dist
+from beside_groups import chosen
+
+def model(group, y):
+    effect = numpyro.sample("effect", dist.Normal(0, 1).expand([3]).to_event(1))
+    numpyro.sample("y", dist.Normal(effect[group], 1).to_event(1), obs=y)
+
+def indirect(group, y):
+    effect = numpyro.sample("effect", dist.Normal(0, 1).expand([3]).to_event(1))
+    numpyro.sample("y", dist.Normal(chosen(effect, group), 1).to_event(1), obs=y)
+
+def silent(group, y):
+    numpyro.sample("effect", dist.Normal(0, 1))
+    raise ValueError("\\n  a[:m:2] is [red]not\\n what it seems")
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("model", ["groups.py, line 7: found TypeError (", "integer"]),
+        ("indirect", ["beside_groups.py, line 2, called from groups.py, line 11: found TypeError"]),
+        ("silent", ["line 15: found ValueError (a[:m:2] is [red]not what it seems)"]),
+    ],
+)
+def test_an_error_in_the_model_names_its_line(folder: Path, model: str, expected: list[str]) -> None:
+    """Not a traceback through hivi's inside."""
+    (folder / "groups.py").write_text(GROUPS)
+    (folder / "beside_groups.py").write_text("def chosen(effect, group):\n    return effect[group]\n")
     (folder / "groups.csv").write_text("group,y\n0.0,1.5\n2.0,0.5\n")
     words = ("--data", folder / "groups.csv", "--out", folder / "none")
-    result = hivi_command("fit", f"{folder}/groups.py:model", *words)
+    result = hivi_command("fit", f"{folder}/groups.py:{model}", *words)
     assert result.exit_code == 1
     assert len(result.stderr.strip().splitlines()) == 1
-    for piece in ("groups.py, line 5: found TypeError", "integer", "Cure:"):
+    for piece in [*expected, "Cure:"]:
         assert piece in result.stderr
+
+
+def test_a_fault_of_hivi_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that happens below a frame of the model; and so does every error, if that is asked for."""
     with pytest.raises(RuntimeError, match="ours"), failures():
         raise RuntimeError("ours")
+    command = ("explain", f"{folder}/model.py:line", "--data", folder / "data.csv")
+
+    def broken(self: Any, msg: Any) -> None:
+        names = {"__name__": "hivi._target.statements"}
+        exec("def fault():\n    raise ZeroDivisionError('ours')", names)
+        names["fault"]()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(statements.Reader, "process_message", broken)
+        assert isinstance(hivi_command(*command).exception, ZeroDivisionError)
+    (folder / "wrong.py").write_text("def line(x, y):\n    raise KeyError('slope')\n")
+    command = ("explain", f"{folder}/wrong.py:line", "--data", folder / "data.csv")
+    assert "wrong.py, line 2: found KeyError ('slope')" in hivi_command(*command).stderr
+    monkeypatch.setenv("HIVI_TRACEBACK", "1")
+    assert isinstance(hivi_command(*command).exception, KeyError)
 
 
 def test_empty_lines_at_the_end_of_a_csv_file_are_nothing(folder: Path) -> None:

@@ -63,13 +63,26 @@ def test_a_short_chunk_is_never_a_collapse_and_no_finite_step_is_none_either() -
     assert not found.collapsed(np.full(CHUNK, np.nan))
 
 
-@pytest.mark.parametrize("behind", [0, 2, 5])
-def test_a_record_taken_up_again_judges_as_before(behind: int) -> None:
-    for elbo in runs()[:20]:
-        steady, resumed = History(CHUNK), History(CHUNK)
-        for start in range(0, behind * CHUNK, CHUNK):
-            steady.add(elbo[start : start + CHUNK], elbo[start : start + CHUNK])
-        resumed.add(elbo[: behind * CHUNK], elbo[: behind * CHUNK])
-        last = elbo[behind * CHUNK : (behind + 1) * CHUNK]
-        assert steady.collapsed(last) == resumed.collapsed(last)
-        np.testing.assert_array_equal(steady.elbo, resumed.elbo)
+def test_infinite_steps_count_no_more_than_missing_ones() -> None:
+    plain, found = History(CHUNK), History(CHUNK)
+    for elbo in np.random.default_rng(0).normal(size=(3, CHUNK)):
+        plain.add(elbo[:-1].repeat(2)[:CHUNK], elbo)
+        found.add(np.where(np.arange(CHUNK) == 4, -np.inf, elbo), elbo)
+    assert plain.best == pytest.approx(found.best, abs=2.0)
+    assert np.isfinite(found.best)
+    assert not found.collapsed(np.full(CHUNK, -np.inf))
+
+
+def test_a_record_taken_up_again_judges_as_before() -> None:
+    said = []
+    for elbo in runs():
+        for behind in range(2, 7):
+            steady, resumed = History(CHUNK), History(CHUNK)
+            for start in range(0, behind * CHUNK, CHUNK):
+                steady.add(elbo[start : start + CHUNK], elbo[start : start + CHUNK])
+            resumed.add(elbo[: behind * CHUNK], elbo[: behind * CHUNK])
+            np.testing.assert_array_equal(steady.elbo, resumed.elbo)
+            last = elbo[behind * CHUNK : (behind + 1) * CHUNK]
+            assert steady.collapsed(last) == resumed.collapsed(last)
+            said.append(resumed.collapsed(last))
+    assert 20 < sum(said) < len(said) - 20

@@ -21,13 +21,17 @@ import hivi
 from cases import FAMILIES, INNER_REFUSED, KINDS, TARGETS, built, quick, states, total
 from hivi._compile import compiled
 from hivi._families.base import AbstractProposal, Layout
+from hivi._families.codes import CodesProposal
 from hivi._families.hierarchical import HierarchicalProposal
 from hivi._families.mixture import MixtureProposal
+from hivi._families.product import ProductProposal
 from hivi._space import Latents
 
 DRAWS = 20_000
 PRECISE = 0.03
 SCALE = 0.1
+DEEP = ("hvm hvm hvm",)
+"""Families whose weights have heavy tails unless they are near their start."""
 
 
 def density(target: hivi.Target, proposal: AbstractProposal, key: Array) -> Callable[[Latents], Array]:
@@ -60,7 +64,11 @@ def density(target: hivi.Target, proposal: AbstractProposal, key: Array) -> Call
 
 
 def overlapping(proposal: AbstractProposal) -> AbstractProposal:
-    """Mixture components widened: where q has gaps, 1/q has no variance and the check no power."""
+    """Mixture components widened, codes' effects shrunk: where q has gaps, 1/q has no variance and the check no power."""
+    if isinstance(proposal, CodesProposal):
+        return eqx.tree_at(lambda p: p.effect, proposal, 0.3 * proposal.effect)
+    if isinstance(proposal, ProductProposal):
+        return eqx.tree_at(lambda p: p.parts, proposal, tuple(overlapping(p) for p in proposal.parts))
     if not isinstance(proposal, MixtureProposal):
         if isinstance(proposal, HierarchicalProposal):
             return eqx.tree_at(lambda p: p.prior, proposal, overlapping(proposal.prior))
@@ -88,10 +96,14 @@ def ratios(
     return np.asarray(quick(jax.vmap(one))(jax.random.split(jax.random.key(seed), draws)), np.float64)
 
 
+def stderr(ratio: np.ndarray) -> np.ndarray:
+    return ratio.std(0, ddof=1) / np.sqrt(len(ratio))
+
+
 def assert_mean_is_one(ratio: np.ndarray, limit: float = 4.0) -> None:
-    stderr = ratio.std(0, ddof=1) / np.sqrt(len(ratio))
-    assert stderr.max() < PRECISE, f"not precise enough to judge: {stderr.max():.3f}"
-    assert (np.abs(ratio.mean(0) - 1) < limit * stderr + 1e-4).all(), (ratio.mean(0), stderr)
+    error = stderr(ratio)
+    assert error.max() < PRECISE, f"not precise enough to judge: {error.max():.3f}"
+    assert (np.abs(ratio.mean(0) - 1) < limit * error + 1e-4).all(), (ratio.mean(0), error)
 
 
 def one_dimensional(target: str, family: str) -> bool:
@@ -107,6 +119,7 @@ ROWS = [
     if row.takes(TARGETS[target]())
     and not one_dimensional(target, family)
     and not (inner and (not family.startswith(("hvm", "copula")) or family in INNER_REFUSED))
+    and not (not inner and "semi-implicit" in family and target in ("normal", "constrained", "mixed"))  # no variance
     and not (("product" in family or "structured" in family) and target == "constrained")
 ]
 DEFAULT_ROWS = [
@@ -149,8 +162,12 @@ def rows(chosen: list[tuple[str, str, int]]) -> list[Any]:
 
 def check(target: str, family: str, inner: int) -> None:
     model = TARGETS[target]()
-    proposal = overlapping(built(family, model, scale=SCALE))
-    assert_mean_is_one(ratios(proposal, density(model, proposal, jax.random.key(7)), inner))
+    proposal = overlapping(built(family, model, scale=0.3 * SCALE if family in DEEP else SCALE))
+    log_g = density(model, proposal, jax.random.key(7))
+    found = ratios(proposal, log_g, inner)
+    if stderr(found).max() >= PRECISE:
+        found = ratios(proposal, log_g, inner, 8 * DRAWS)
+    assert_mean_is_one(found)
 
 
 @pytest.mark.parametrize(("target", "family", "inner"), rows(DEFAULT_ROWS))

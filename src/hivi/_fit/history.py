@@ -9,13 +9,20 @@ FEWEST = 2
 
 
 class History:
-    """The bound and its standard error, step by step, in room that doubles: a long fit copies none of it at every chunk."""
+    """The bound and its standard error, step by step, in room that doubles, and the best chunk among them.
+
+    To add a chunk, or to judge one, takes as long late in a fit as early.
+
+    Attributes:
+        chunk: steps of a chunk.
+        best: the highest median of a chunk, in nats.
+    """
 
     def __init__(self, chunk: int):
         self.chunk = chunk
         self._room = np.zeros((2, 0))
         self._steps = self._chunks = 0
-        self._best, self._noise = -np.inf, 0.0
+        self.best, self._noise = -np.inf, 0.0
 
     def __len__(self) -> int:
         return self._steps
@@ -38,15 +45,15 @@ class History:
         for start in range(0, len(elbo) - self.chunk + 1, self.chunk):
             self._chunks += 1
             middle, noise = _middle(elbo[start : start + self.chunk])
-            if middle > self._best:
-                self._best, self._noise = middle, noise
+            if middle > self.best:
+                self.best, self._noise = middle, noise
 
     def collapsed(self, elbo: np.ndarray) -> bool:
         """Whether this chunk, not yet added, falls far below the best one so far, beyond any noise."""
         if self._chunks < FEWEST or len(elbo) < self.chunk:
             return False
-        fall = self._best - _middle(elbo)[0]
-        return bool(fall > 100 * max(self._noise, 1e-3) and fall > 10 + abs(self._best))
+        fall = self.best - _middle(elbo)[0]
+        return bool(fall > 100 * max(self._noise, 1e-3) and fall > 10 + abs(self.best))
 
 
 def _middle(elbo: np.ndarray) -> tuple[float, float]:

@@ -167,7 +167,7 @@ class Run:
         if skipped > MAX_LOST * taken or not bool(finite_now(new.proposal)):
             return f"bound or gradient not finite in {skipped} of {taken} steps"
         if self.found.collapsed(elbo):
-            return f"the bound fell to {np.nanmedian(elbo):.4g} from {np.nanmedian(self.found.elbo[-CHUNK:]):.4g}"
+            return f"the bound fell to {np.nanmedian(elbo):.4g} from {self.found.best:.4g}"
         return None
 
     def _recover(self, good: State, trouble: str) -> str | None:

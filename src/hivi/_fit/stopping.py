@@ -1,4 +1,4 @@
-"""When to stop: the bound no longer rises by more than its own noise; and when a fit has diverged."""
+"""When to stop: the bound no longer rises by more than its own noise (whether it has collapsed, history.py knows)."""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,32 +37,37 @@ Json = Annotated[
 def failures() -> Iterator[None]:
     """Print a `HiviError`, or whatever the user's model raises, as one paragraph on standard error; exit with code 1.
 
-    An error of the model is told with the model's line; a fault anywhere else keeps its traceback.
+    An error of the model is told with its line; `hivi`'s own faults, and those outside the model, keep their traceback, and
+    HIVI_TRACEBACK=1 keeps that of all.
     """
     try:
         yield
     except HiviError as error:
         said = str(error)
     except Exception as error:
-        place = _place_in_model(error)
+        place = None if os.environ.get("HIVI_TRACEBACK") else _place_in_model(error)
         if place is None:
             raise
-        found = f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else 'no message'})"
-        said = message(place, found, "a model that runs on these data", "correct that line, or the data it takes")
+        text = textwrap.shorten(str(error), 400, placeholder=" ...") or "no message"
+        cure = "correct that line, or the data it takes; HIVI_TRACEBACK=1 shows where it came from"
+        said = message(place, f"{type(error).__name__} ({text})", "a model that runs on these data", cure)
     else:
         return
-    console(to_stderr=True).print(f"hivi: {said}", style="red", markup=False, soft_wrap=True)
+    console(to_stderr=True).print(f"hivi: {said}", style="red", markup=False, emoji=False, soft_wrap=True)
     raise typer.Exit(FAILED)
 
 
 def _place_in_model(error: Exception) -> str | None:
-    """File and line of the user's model that an error passed through last, if it passed there."""
-    places = [
-        f"{Path(frame.f_code.co_filename).name}, line {line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).startswith(MODULE)
-    ]
-    return places[-1] if places else None
+    """Line of the user's model, or of a file beside it that it calls, where an error came from; None for a fault of `hivi`."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    model = max((k for k, name in enumerate(names) if name.startswith(MODULE)), default=None)
+    if model is None or names[-1].split(".")[0] == "hivi":
+        return None
+    files = [Path(frame.f_code.co_filename) for frame, _ in frames]
+    beside = max(k for k in range(model, len(files)) if files[k].parent == files[model].parent)
+    place = f"{files[beside].name}, line {frames[beside][1]}"
+    return place if beside == model else f"{place}, called from {files[model].name}, line {frames[model][1]}"
 
 
 def make_folder(folder: Path) -> None:
