@@ -32,6 +32,8 @@ PRECISE = 0.03
 SCALE = 0.1
 DEEP = ("hvm hvm hvm",)
 """Families whose weights have heavy tails unless they are near their start."""
+HEAVY = ("normal", "constrained", "mixed", "binomial")
+"""Targets on which the weights of a semi-implicit r without further draws have hardly a variance."""
 
 
 def density(target: hivi.Target, proposal: AbstractProposal, key: Array) -> Callable[[Latents], Array]:
@@ -119,7 +121,7 @@ ROWS = [
     if row.takes(TARGETS[target]())
     and not one_dimensional(target, family)
     and not (inner and (not family.startswith(("hvm", "copula")) or family in INNER_REFUSED))
-    and not (not inner and "semi-implicit" in family and target in ("normal", "constrained", "mixed"))  # no variance
+    and not (not inner and "semi-implicit" in family and target in HEAVY)
     and not (("product" in family or "structured" in family) and target == "constrained")
 ]
 DEFAULT_ROWS = [
