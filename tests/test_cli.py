@@ -178,6 +178,22 @@ def test_every_scalar_is_summarised() -> None:
     assert rows[0][1:] == pytest.approx((50, np.std(np.arange(101), ddof=1), 5, 50, 95))
 
 
+OUTER = """
+import numpyro, numpyro.distributions as dist
+
+def line(x, y):
+    slope = numpyro.sample("slope", dist.Normal(0, 3))
+    numpyro.sample("y", dist.Normal(slope * x[:, None], 0.5), obs=y)
+"""
+
+
+def test_observations_that_count_more_than_once_are_noted(folder: Path) -> None:
+    (folder / "outer.py").write_text(OUTER)
+    words = ("--steps", 100, "--family", "mean-field", "--draws", 10, "--out", folder / "outer")
+    result = hivi_command("fit", f"{folder}/outer.py:line", "--data", folder / "data.csv", *words)
+    assert "are broadcast to (20, 20), as NumPyro does: each counts 20 times" in result.stdout, result.stderr
+
+
 def test_subsample_and_checkpoint(folder: Path) -> None:
     out = folder / "checkpointed"
     words = [

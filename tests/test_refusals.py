@@ -124,6 +124,20 @@ def test_a_count_that_data_bound_is_refused_with_its_cure(constant: bool) -> Non
         hivi.fit(target, **SHORT)
 
 
+def test_categories_without_probability_are_refused_with_their_cure() -> None:
+    left_right = jnp.array([[0.9, 0.1, 0.0], [0.0, 0.9, 0.1], [0.0, 0.0, 1.0]])
+
+    def chain(y: Any) -> None:
+        first = numpyro.sample("first", dist.Categorical(left_right[0]))
+        numpyro.sample("second", dist.Categorical(left_right[first]))
+        numpyro.sample("y", dist.Normal(first, 1.0), obs=y)
+
+    with pytest.raises(
+        hivi.HiviError, match=r"values of 'first', 'second' no probability \(a zero of a transition matrix\)"
+    ):
+        hivi.fit(hivi.from_numpyro(chain, jnp.array(1.0)), **SHORT)
+
+
 def test_values_outside_the_support_have_no_density() -> None:
     latents = {
         "w": hivi.Latent((20,), constraints.simplex), "r": hivi.Latent((), constraints.positive),

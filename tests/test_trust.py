@@ -155,3 +155,41 @@ def test_a_fit_in_minibatches_is_looked_at_with_all_rows(family, tmp_path):
     assert abs(exact.mean - more.mean) < 5 * np.hypot(exact.stderr, more.stderr)
     with pytest.raises(hivi.LoadError, match="pass the target of the saved run"):
         hivi.load(path, target=hivi.from_numpyro(rows, y[:8]))
+
+
+def pairs(y: jax.Array) -> None:
+    """In each row the two units of the paper's Figure 1, whose mean-field lacks 0.2231 nats, and a constant."""
+    table = jnp.log(jnp.array([[0.1, 0.4], [0.4, 0.1]]))
+    with numpyro.plate("row", len(y)):
+        a = numpyro.sample("a", dist.Bernoulli(0.5))
+        b = numpyro.sample("b", dist.Bernoulli(0.5))
+        numpyro.factor("both", table[a, b] + y)
+
+
+def test_minibatches_do_not_hide_what_the_bound_misses():
+    """Rows differ by hundreds of nats: only bounds that see each of them as often as the others show so small a gap."""
+    y = jnp.array([0.0, -300.0, 100.0, 50.0, -20.0, 400.0])
+    fit = hivi.fit(hivi.from_numpyro(pairs, y, subsample={"row": 2}), hivi.MeanField(), steps=1500, **QUIET)
+    found = hivi.trust(fit, key=KEY)
+    assert found.tighter is not None
+    assert fit.elbo(KEY).stderr > 1.0
+    assert found.tighter.mean - found.bound.mean == pytest.approx(6 * 0.2231, abs=0.1)
+    assert any("misses at least" in fault for fault in found.faults)
+
+
+def test_bounds_too_noisy_to_tell_say_so():
+    """Forty minibatches: one is looked at for each estimate."""
+    y = jnp.asarray(10.0 * np.random.default_rng(0).normal(size=40), jnp.float32)
+    fit = hivi.fit(hivi.from_numpyro(rows, y, subsample={"row": 1}), hivi.MeanField(), steps=200, **QUIET)
+    found = hivi.trust(fit, key=KEY)
+    assert any("its bounds are noisy: a gap below" in remark and "hivi.load" in remark for remark in found.remarks)
+
+
+def test_a_bound_without_noise_is_level_when_it_rises_by_nothing():
+    target = hivi.from_log_joint(
+        lambda z: jnp.array([-1.0, -2.0, -0.5, -3.0])[z["k"]],
+        {"k": hivi.Latent((), constraints.integer_interval(0, 3))},
+    )
+    fit = hivi.fit(target, steps=2000, **QUIET)
+    assert fit.converged
+    assert hivi.trust(fit, key=KEY).faults == ()

@@ -16,6 +16,7 @@ from hivi._likelihoods.binomial import BinomialLikelihood
 from hivi._likelihoods.poisson import PoissonLikelihood
 from hivi._marginal import TRUSTED, KHat, marginal_khat
 from hivi._stationarity import odds
+from hivi._target.base import full_size
 from hivi._tree import Key
 
 DRAWS, EVALUATIONS = 64, 256
@@ -26,6 +27,10 @@ ROUGH_SHARE = 0.05
 """From which share of a difference on its standard error is told."""
 NEGLIGIBLE = 0.05
 """Differences of bounds below this, in nats, are not worth a word."""
+FEWEST, MOST = 32, 32
+"""Least estimates over all rows, where they are up to so many minibatches."""
+BLIND = 0.5
+"""Noise of a difference of bounds, in nats, from which on it is told what would not be seen."""
 LEAST = 100
 """Fewest draws for k-hat."""
 ROUGH = 0.3
@@ -119,6 +124,10 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
         if clear(rise):
             rough = f" ± {rise.stderr:.1g}" if rise.stderr > ROUGH_SHARE * rise.mean else ""
             faults.append(f"its ELBO misses at least {rise.mean:.2g}{rough} nats of log p(x), more where q never draws")
+        elif rise.stderr > BLIND / SURE:
+            part = fit.target is not None and not full_size(fit.target)
+            more = "; loaded with the whole data, the fit shows more (hivi.load(folder, target))" if part else ""
+            remarks.append(f"its bounds are noisy: a gap below {SURE * rise.stderr:.1g} nats would not be seen{more}")
     if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)
         plain = [n for n, q in _conditionals(fit).items() if isinstance(q.likelihood, narrow)]
@@ -132,19 +141,14 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
 
 def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
     """The figures, with a fault where the bound is no number or conditionals are others', and what could not be had."""
-    bound = fit.elbo(k_bound, bound=Elbo())
+    bound, tighter, missing = _bounds(fit, k_bound)
     faults, remarks = [] if math.isfinite(bound.mean) else ["its bound is not finite at fresh draws"], []
     if points := sorted(fit.proposal.points):
         remarks.append(
             f"{', '.join(map(repr, points))} at a point, whose uncertainty is left out: all is given the point"
         )
-    tighter: Estimate | None = None
+    remarks += [] if missing is None else [f"no tighter bound ({_found(missing)})"]
     khat: KHat | None = None
-    try:
-        rows = next((s.local[0].name for s in fit.sites if s.local is not None), fit.bound.plate)
-        tighter = fit.elbo(k_bound, EVALUATIONS, ImportanceWeighted(DRAWS, plate=rows))
-    except HiviError as error:
-        remarks.append(f"no tighter bound ({_found(error)})")
     try:
         khat = marginal_khat(fit, key=k_draw, samples=samples)
         remarks += [] if khat.noise < ROUGH else [f"its log q is estimated only to ± {khat.noise:.1f} nats"]
@@ -155,6 +159,24 @@ def measure(fit: Fit, k_bound: Key, k_draw: Key, samples: int) -> Trust:
     except HiviError as error:
         remarks.append(f"no conditionals ({_found(error)})")
     return Trust(bound, tighter, khat, tuple(faults), tuple(remarks))
+
+
+def _bounds(fit: Fit, key: Key) -> tuple[Estimate, Estimate | None, HiviError | None]:
+    """The ELBO, and with 64 draws, or why not; of rows in some minibatches all of them, so that they add no noise."""
+    rows = next((s.local[0] for s in fit.sites if s.local is not None), None)
+    if rows is not None and rows.batch < rows.size <= MOST * rows.batch:
+        samples = max(FEWEST, EVALUATIONS * rows.batch // rows.size)
+        try:
+            one, many = (fit.pointwise(key, rows.name, draws=n, samples=samples) for n in (None, DRAWS))
+            return one.total(), many.total(), None
+        except HiviError:  # rows that share terms, or two plates
+            pass
+    bound = fit.elbo(key, bound=Elbo())
+    try:
+        plate = fit.bound.plate if rows is None else rows.name
+        return bound, fit.elbo(key, EVALUATIONS, ImportanceWeighted(DRAWS, plate=plate)), None
+    except HiviError as error:
+        return bound, None, error
 
 
 def unfinished(steps: int) -> str:

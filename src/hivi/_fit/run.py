@@ -23,7 +23,7 @@ from hivi._fit import store
 from hivi._fit.history import History
 from hivi._fit.progress import Bar
 from hivi._fit.step import CHUNK, Plan, State, run_chunk, step
-from hivi._fit.stopping import EARLIEST, MAX_LOST, levelled
+from hivi._fit.stopping import EARLIEST, MAX_LOST, WORTH, levelled
 from hivi._space import Latents
 from hivi._target.base import Target, bounded, terms_of_draws
 from hivi._tree import Key, PyTree, finite
@@ -138,7 +138,7 @@ class Run:
                 self._checkpoint(finished=len(self.found) >= self.last)
         if self.tolerance is None or not self.converged:
             plain = self.found.elbo[: int(self.state.decay_from)] if self.plan.scheduled else self.found.elbo
-            self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance)
+            self.converged = levelled(plain, 1.0 if self.tolerance is None else self.tolerance, WORTH)
         return "the bound levelled off" if self.converged else "all steps were taken before the bound levelled off"
 
     def _effort(self) -> Effort:

@@ -9,6 +9,8 @@ import numpy as np
 EARLIEST = 2000
 """Steps before which a fit does not stop by itself: over shorter windows, noise hides a slow rise."""
 MIN_STEPS = 1000
+WORTH = 1e-3
+"""Rise of the bound, in nats, for which no fit that has ended is called unfinished: those without noise rise for ever."""
 MAX_LOST = 0.05
 """Share of steps without a finite bound or gradient beyond which a fit is in trouble."""
 
@@ -39,10 +41,10 @@ def _batch_error(values: np.ndarray) -> float:
     return float(np.std(batches, ddof=1) / 4)
 
 
-def levelled(elbo: np.ndarray, tolerance: float) -> bool:
-    """Whether the bound rises by less than `tolerance` standard errors."""
+def levelled(elbo: np.ndarray, tolerance: float, worth: float = 0.0) -> bool:
+    """Whether the bound rises by less than `tolerance` standard errors, or by less than what it is worth, in nats."""
     values = elbo[np.isfinite(elbo)]
     if len(values) < max(MIN_STEPS, (1 - MAX_LOST) * len(elbo)):
         return False
     found = trend(values)
-    return bool(found.change < tolerance * found.stderr + 1e-7 * abs(float(np.mean(values[-32:]))))
+    return bool(found.change < max(tolerance * found.stderr + 1e-7 * abs(float(np.mean(values[-32:]))), worth))

@@ -189,10 +189,18 @@ class Target(eqx.Module):
 
 
 def bounded(target: Target) -> str:
-    """The cure for impossible values of counts, to go on with; empty where there are none."""
-    names = ", ".join(repr(s.name) for s in target.sites if s.values.ordered or s.values.count > 2)
-    text = f"; if data bound a count ({names}), as in y ~ Binomial(n, p) with n below y impossible, take n - y as the latent"
-    return f"{text} (docs/discrete.md)" if names else ""
+    """The cures for impossible values of counts and of categories, to go on with; empty where there are none."""
+    counts = ", ".join(repr(s.name) for s in target.sites if s.values.ordered)
+    finite = ", ".join(repr(s.name) for s in target.sites if s.values.kind == "finite" and s.values.count > 2)
+    parts = []
+    if counts or finite:
+        bound = f"if data bound a count ({counts or finite}), as in y ~ Binomial(n, p) with n below y impossible"
+        parts.append(f"{bound}, take n - y as the latent")
+    if finite:
+        parts.append(
+            f"if the model gives some values of {finite} no probability (a zero of a transition matrix), give them 1e-6"
+        )
+    return f"; {'; '.join(parts)} (docs/discrete.md)" if parts else ""
 
 
 def full_size(target: Target) -> bool:
