@@ -126,7 +126,7 @@ def trust(fit: Fit, *, key: Key, samples: int = 1000) -> Trust:
             faults.append(f"its ELBO misses at least {rise.mean:.2g}{rough} nats of log p(x), more where q never draws")
         elif rise.stderr > BLIND / SURE:
             part = fit.target is not None and not full_size(fit.target)
-            more = "; loaded with the whole data, the fit shows more (hivi.load(folder, target))" if part else ""
+            more = "; loaded with the whole data, the fit shows more (hivi.load(folder, target=whole))" if part else ""
             remarks.append(f"its bounds are noisy: a gap below {SURE * rise.stderr:.1g} nats would not be seen{more}")
     if faults:
         narrow = (PoissonLikelihood, BinomialLikelihood)

@@ -18,9 +18,6 @@ from hivi._errors import TargetError, message
 from hivi._space import make_site
 from hivi._target.densities import base_support, log_prob, outside_support, unwrap
 
-REPEATED = "are broadcast to"
-"""What a note says of observations that count more than once each."""
-
 
 class Mismatch(ValueError):
     """Shapes that do not fit a minibatch; at full size they would."""
@@ -259,7 +256,7 @@ class Reader(numpyro_primitives.Messenger):
         try:
             full = np.broadcast_shapes(shape, expected)
             if math.prod(shape) < math.prod(full) and math.prod(shape) > 1:
-                said = f"observations of shape {shape} {REPEATED} {full}, as NumPyro does"
+                said = f"observations of shape {shape} are broadcast to {full}, as NumPyro does"
                 self.repeated[name] = f"{said}: each counts {math.prod(full) // math.prod(shape)} times"
         except ValueError as error:
             if self.rows:

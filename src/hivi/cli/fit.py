@@ -17,13 +17,12 @@ from hivi._fit.progress import plain_lines
 from hivi._fit.result import Fit
 from hivi._target.base import Target
 from hivi._target.base import explain as explain_target
-from hivi._target.statements import REPEATED
 from hivi._trust import Trust, trust
 from hivi.cli import inputs, outputs
 from hivi.cli.common import NOT_CONVERGED, Json, Seed, console, failures, make_folder, print_json, show_table
 from hivi.cli.strategies import Estimator, read_strategies
 from hivi.compare import NAMED
-from hivi.interop.numpyro import NOTHING_OBSERVED, from_numpyro
+from hivi.interop.numpyro import from_numpyro
 
 SHOWN = 40
 """Latents in the printed summary; all are in summary.csv."""
@@ -101,7 +100,7 @@ def fit(
         target = read_target(model, data, subsample)
         make_folder(out)
         chosen = default_family(target) if family is None else NAMED[family]
-        for line in (*(n for n in target.notes if n == NOTHING_OBSERVED or REPEATED in n), _choice(chosen, family)):
+        for line in (*target.notes, _choice(chosen, family)):
             console(to_stderr=json).print(line, markup=False, soft_wrap=True)
         k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
         with plain_lines():

@@ -24,8 +24,6 @@ from hivi._target.origin import NumPyroOrigin
 from hivi._target.replay import replay
 from hivi._target.statements import Reader
 
-NOTHING_OBSERVED = "nothing is observed: the posterior is the prior (obs=... makes a statement an observation)"
-
 
 def from_numpyro(
     model: Callable[..., Any], *args: Any, subsample: Mapping[str, int] | None = None, **kwargs: Any
@@ -347,7 +345,7 @@ def _notes(source: _Source, found: _Found, slices: slicing.Slices) -> tuple[str,
         names = ", ".join(source.arguments.names[k] for k in source.constant)
         notes.append(f"arguments {names}: read as constants, since Python code uses their values; new ones recompile")
     if all(term.latent or name in found.reader.latents for name, term in found.reader.terms.items()):
-        notes.append(NOTHING_OBSERVED)
+        notes.append("nothing is observed: the posterior is the prior (obs=... makes a statement an observation)")
     for k, pairs in slices.items():
         notes += [f"argument {source.names[k]}: axis {axis} is sliced along plate {plate!r}" for axis, plate in pairs]
     for name in found.reader.enumerated:
